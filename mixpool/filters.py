@@ -1,0 +1,315 @@
+"""What a convolution filter is: its centre frequency, orientation, bandwidth, and its analytic partner.
+
+Legend: C output channels, I input channels, (kH, kW) kernel, G side of the frequency grid.
+Frequencies are (fy, fx) in radians per input pixel, each in [-pi, pi]; Nyquist is pi. y points down.
+Everything here is pure tensor code, batched over channels, and computed in float64 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SPECTRUM_SIZE = 65  # odd, so that no bin is its own mirror image but DC
+PRIOR_SIZE = 255  # grid of the natural-image prior; its spacing, 0.0246 rad/px, resolves PRIOR_EPS
+PRIOR_EPS = 0.02  # rad/px, where the 1/|xi|^2 prior levels off
+
+
+@dataclass(frozen=True)
+class FilterStats:
+    """The numbers that describe each filter of a convolution. All tensors are on the CPU.
+
+    Attributes:
+        center_frequency: (C, 2) float64, (fy, fx) in radians per pixel, in the half plane fy > 0 (or fy = 0, fx > 0).
+        bandwidth: (C,) rms distance of the half-plane energy from the centre frequency, radians per pixel.
+        concentration: (C,) largest share of the half-plane energy inside a square of side pi / stride, in [0, 1].
+        dc_share: (C,) energy at zero frequency over the peak energy, in [0, 1]; 1 for a low-pass filter.
+        stride: pixels per step of the convolution, (y, x).
+        kernel_size: (kH, kW).
+    """
+
+    center_frequency: Tensor
+    bandwidth: Tensor
+    concentration: Tensor
+    dc_share: Tensor
+    stride: tuple[int, int]
+    kernel_size: tuple[int, int]
+
+    @property
+    def frequency(self) -> Tensor:
+        """(C,) modulus of the centre frequency, radians per pixel."""
+        return self.center_frequency.norm(dim=1)
+
+    @property
+    def orientation(self) -> Tensor:
+        """(C,) angle of the centre frequency, atan2(fy, fx) mod pi, radians in [0, pi)."""
+        return orientation(self.center_frequency)
+
+    @property
+    def phase_step(self) -> Tensor:
+        """(C,) modulus of stride * centre frequency: radians per step of the convolution (the theory's omega)."""
+        return (self.center_frequency * self.center_frequency.new_tensor(self.stride)).norm(dim=1)
+
+    @property
+    def relative_bandwidth(self) -> Tensor:
+        """(C,) bandwidth over the half side pi / (2 stride) of the theory's largest support; below 1 is narrow."""
+        return self.bandwidth * max(self.stride) * 2 / math.pi
+
+    def __len__(self) -> int:
+        return len(self.bandwidth)
+
+
+def analyze(conv_or_weight: nn.Module | Tensor, stride: int | Sequence[int] | None = None) -> FilterStats:
+    """Measure every filter of a convolution, from its weights alone.
+
+    Args:
+        conv_or_weight: a module with a 4-D `weight` (its `stride` is used), or the weight itself, (C, I, kH, kW).
+        stride: pixels per step of the convolution; overrides the module's; 1 for a bare weight.
+    Returns:
+        FilterStats, detached, on the CPU, in float64.
+    Raises:
+        ValueError: the weight is not a finite floating-point (C, I, kH, kW) tensor, or the stride is not positive.
+    Example:
+        >>> stats = analyze(torch.nn.Conv2d(3, 64, 7, stride=2))
+        >>> tuple(stats.center_frequency.shape)
+        (64, 2)
+    """
+    weight = conv_or_weight
+    if isinstance(conv_or_weight, nn.Module):
+        weight = getattr(conv_or_weight, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"expected a convolution with a weight, got {type(conv_or_weight).__name__}")
+        stride = getattr(conv_or_weight, "stride", 1) if stride is None else stride
+    stride = pair(1 if stride is None else stride)
+    if min(stride) < 1:
+        raise ValueError(f"expected a positive stride, got {stride}")
+    weight = _check_weight(weight).detach().to("cpu", torch.float64)
+    if not torch.isfinite(weight).all():
+        raise ValueError("expected finite weights, got NaN or infinity in the convolution's weight")
+    frequency = center_frequency(weight)
+    return FilterStats(
+        center_frequency=frequency,
+        bandwidth=bandwidth(weight, frequency),
+        concentration=concentration(weight, stride, frequency),
+        dc_share=dc_share(weight),
+        stride=stride,
+        kernel_size=tuple(weight.shape[-2:]),
+    )
+
+
+def power_spectrum(weight: Tensor, size: int | None = None) -> Tensor:
+    """Energy of each filter on a frequency grid, summed over input channels; differentiable.
+
+    Args:
+        weight: (C, I, kH, kW), any float dtype.
+        size: odd side G of the zero-padded grid, at least the kernel's; default 65, more for kernels above 16 taps.
+    Returns:
+        (C, G, G), bin (i, j) at the frequencies `frequency_grid(G)[i, j]`; float64 or float32.
+    """
+    weight = _check_weight(weight)
+    size = _spectrum_size(weight) if size is None else size
+    if size % 2 == 0 or size < max(weight.shape[-2:]):
+        raise ValueError(f"expected an odd size of at least {max(weight.shape[-2:])}, got {size=}")
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    return torch.fft.fft2(weight, s=(size, size)).abs().square().sum(dim=1)
+
+
+def frequency_grid(size: int, device: torch.device | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(G, G, 2) frequencies (fy, fx) of an FFT grid, radians per pixel."""
+    axis = torch.fft.fftfreq(size, device=device, dtype=dtype) * (2 * math.pi)
+    return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
+
+
+def center_frequency(weight: Tensor, refinements: int = 2) -> Tensor:
+    """Centre frequency of each filter: the energy's centroid over the half plane around its peak.
+
+    Differentiable with respect to the weight (the choice of the half plane is not). A zero filter gets (0, 0).
+
+    Args:
+        weight: (C, I, kH, kW).
+        refinements: how often the half plane is turned towards the last centroid.
+    Returns:
+        (C, 2), (fy, fx) in radians per pixel, with fy > 0 or fy = 0 and fx >= 0.
+    """
+    power = power_spectrum(weight)
+    grid = frequency_grid(power.shape[-1], power.device, power.dtype)
+    upper = (grid[..., 0] > 0) | ((grid[..., 0] == 0) & (grid[..., 1] > 0))  # one of each pair +-xi, without DC
+    peak = power.detach().masked_fill(~upper, -1).flatten(1).argmax(dim=1)
+    frequency = grid.flatten(0, 1)[peak]
+    for _ in range(1 + refinements):
+        share = _half_plane_share(power, grid, frequency.detach())
+        frequency = torch.einsum("cyx,yxd->cd", share, grid)
+    return torch.where(_is_upper(frequency)[:, None], frequency, -frequency)
+
+
+def orientation(frequency: Tensor) -> Tensor:
+    """Angle of frequency vectors (..., 2), atan2(fy, fx) mod pi, radians in [0, pi): x right, y down."""
+    return torch.atan2(frequency[..., 0], frequency[..., 1]).remainder(math.pi)
+
+
+def bandwidth(weight: Tensor, frequency: Tensor | None = None) -> Tensor:
+    """(C,) rms distance of the half-plane energy from the centre frequency, radians per pixel; differentiable."""
+    power = power_spectrum(weight)
+    grid = frequency_grid(power.shape[-1], power.device, power.dtype)
+    frequency = center_frequency(weight) if frequency is None else frequency.to(power)
+    share = _half_plane_share(power, grid, frequency.detach())
+    squared_distance = (grid - frequency[:, None, None, :]).square().sum(dim=-1)
+    variance = (share * squared_distance).sum(dim=(1, 2))
+    # As for the modulus: no gradient rather than NaN where the filter is zero.
+    return torch.where(variance > 0, variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt(), 0.0)
+
+
+def concentration(weight: Tensor, stride: int | Sequence[int], frequency: Tensor | None = None) -> Tensor:
+    """(C,) largest share of the half-plane energy inside a window of sides pi / stride; differentiable.
+
+    The window may lie anywhere on the frequency torus; the theory's CMod needs its share near 1
+    (arXiv 2209.11740, the condition kappa <= pi / m; computed there on the channel-averaged kernel).
+    """
+    power = power_spectrum(weight)
+    size = power.shape[-1]
+    grid = frequency_grid(size, power.device, power.dtype)
+    frequency = center_frequency(weight) if frequency is None else frequency.to(power)
+    share = _half_plane_share(power, grid, frequency.detach())
+    window_y, window_x = (max(1, math.floor(size / (2 * step))) for step in pair(stride))
+    # Sums over all window positions at once: differences of the wrapped cumulative sum along each axis.
+    share = torch.cat([share, share[:, : window_y - 1]], dim=1).cumsum(dim=1)
+    share = torch.cat([share[:, window_y - 1 : window_y], share[:, window_y:] - share[:, :-window_y]], dim=1)
+    share = torch.cat([share, share[:, :, : window_x - 1]], dim=2).cumsum(dim=2)
+    share = torch.cat([share[..., window_x - 1 : window_x], share[..., window_x:] - share[..., :-window_x]], dim=2)
+    return share.amax(dim=(1, 2)).clamp(0, 1)
+
+
+def dc_share(weight: Tensor) -> Tensor:
+    """(C,) energy at zero frequency over the peak energy, |W^(0)|^2 / max |W^|^2; differentiable; 0 for a zero filter."""
+    power = power_spectrum(weight)
+    return power[:, 0, 0] / power.amax(dim=(1, 2)).clamp_min(torch.finfo(power.dtype).tiny)
+
+
+def analytic_partner_map(direction: Tensor, kernel_size: int | Sequence[int]) -> Tensor:
+    """The linear map from a kernel W to its analytic partner V, for each direction of the frequency vector.
+
+    V on the same kH x kW taps minimises  sum over xi of S(xi) |V^(xi) - (-i sgn<xi, direction>) W^(xi)|^2,
+    the wrong-side energy of W + iV under the natural-image prior S = 1 / (|xi|^2 + 0.02^2). With s the inverse
+    transform of S and h that of -i sgn<xi, direction> S:  sum_b s(a-b) V(b) = sum_b h(a-b) W(b)  on the taps a.
+
+    Args:
+        direction: (C, 2) vectors (fy, fx), any length: only the half plane <xi, direction> > 0 matters.
+        kernel_size: taps of the kernel, even or odd.
+    Returns:
+        (C, kH*kW, kH*kW) float64, V.flatten() = map @ W.flatten() for every input channel; zero for direction (0, 0).
+    """
+    taps_y, taps_x = pair(kernel_size)
+    grid = frequency_grid(PRIOR_SIZE, direction.device)
+    # The spectra below are even and odd: half of the grid, DC apart, holds all of them.
+    half_grid = grid[: PRIOR_SIZE // 2 + 1]
+    weight_of_row = torch.full((len(half_grid), 1), 2.0, dtype=grid.dtype, device=grid.device)
+    weight_of_row[0] = 1.0  # the row fy = 0 holds both members of each pair
+    prior = weight_of_row / (half_grid.square().sum(dim=-1) + PRIOR_EPS**2) / PRIOR_SIZE**2
+    side = torch.sign(half_grid @ direction.to(grid).T)  # (Gy, G, C)
+
+    lag_y = torch.arange(1 - taps_y, taps_y, device=grid.device, dtype=grid.dtype)
+    lag_x = torch.arange(1 - taps_x, taps_x, device=grid.device, dtype=grid.dtype)
+    wave_y = torch.polar(torch.ones((), dtype=grid.dtype, device=grid.device), lag_y[:, None] * half_grid[:, 0, 0])
+    wave_x = torch.polar(torch.ones((), dtype=grid.dtype, device=grid.device), lag_x[:, None] * half_grid[0, :, 1])
+
+    prior_kernel = (wave_y @ prior.to(wave_y.dtype) @ wave_x.T).real  # s at all lags
+    odd_prior = (prior[..., None] * side).permute(2, 0, 1).to(wave_y.dtype)
+    hilbert_kernel = (wave_y @ odd_prior @ wave_x.T).imag  # h at all lags: real part of -i exp(i<xi,n>) is sin
+
+    row_lag = _lags(taps_y, grid.device)[:, None, :, None].expand(taps_y, taps_x, taps_y, taps_x)
+    column_lag = _lags(taps_x, grid.device)[None, :, None, :].expand(taps_y, taps_x, taps_y, taps_x)
+    taps = taps_y * taps_x
+    normal_matrix = prior_kernel[row_lag, column_lag].reshape(taps, taps)
+    right_side = hilbert_kernel[:, row_lag, column_lag].reshape(-1, taps, taps)
+    return torch.cholesky_solve(right_side, torch.linalg.cholesky(normal_matrix))
+
+
+def apply_partner_map(partner_map: Tensor, weight: Tensor) -> Tensor:
+    """(C, I, kH, kW) imaginary part: each channel's `partner_map` (C, k*k, k*k) applied to its weights; differentiable."""
+    return torch.einsum("cab,cib->cia", partner_map, weight.flatten(2)).reshape(weight.shape)
+
+
+def analytic_partner(weight: Tensor, direction: Tensor | None = None) -> Tensor:
+    """Imaginary part V that makes W + iV nearly one-sided on the kernel's own taps (prior-weighted least squares).
+
+    Args:
+        weight: (C, I, kH, kW).
+        direction: (C, 2) frequency vectors (fy, fx); default the filters' centre frequencies.
+    Returns:
+        (C, I, kH, kW), dtype of `weight`; differentiable with respect to `weight` at fixed direction.
+    """
+    direction = center_frequency(weight).detach() if direction is None else direction
+    partner_map = analytic_partner_map(direction, weight.shape[-2:])
+    return apply_partner_map(partner_map.to(weight.dtype), weight)
+
+
+def hilbert_partner(weight: Tensor, direction: Tensor | None = None, size: int = PRIOR_SIZE) -> Tensor:
+    """Plain Hilbert partner: the directional Hilbert transform on a large odd grid, cropped back to the taps.
+
+    For comparison only: cropping leaves a DC leak that ruins low-frequency edge filters. Arguments as
+    `analytic_partner`; `size` is the odd side of the grid.
+    """
+    direction = center_frequency(weight).detach() if direction is None else direction
+    side = torch.sign(torch.einsum("yxd,cd->cyx", frequency_grid(size, weight.device), direction.double()))
+    spectrum = torch.fft.fft2(weight.double(), s=(size, size))
+    partner = torch.fft.ifft2(-1j * side[:, None] * spectrum).real
+    return partner[..., : weight.shape[-2], : weight.shape[-1]].to(weight.dtype)
+
+
+def analytic_filter(weight: Tensor, direction: Tensor | None = None) -> Tensor:
+    """Complex filter W + iV, (C, I, kH, kW); its real part equals `weight` exactly."""
+    return torch.complex(weight, analytic_partner(weight, direction))
+
+
+def wrong_side_energy(weight: Tensor, weight_imag: Tensor, direction: Tensor) -> Tensor:
+    """(C,) share of the energy of W + iV, under the natural-image prior, in the half plane <xi, direction> < 0.
+
+    0 is perfectly analytic, 0.5 a real filter. Computed in float64 on the grid of the prior.
+    """
+    grid = frequency_grid(PRIOR_SIZE, weight.device)
+    prior = 1 / (grid.square().sum(dim=-1) + PRIOR_EPS**2)
+    spectrum = torch.fft.fft2(torch.complex(weight.double(), weight_imag.double()), s=(PRIOR_SIZE, PRIOR_SIZE))
+    energy = spectrum.abs().square().sum(dim=1) * prior
+    side = torch.einsum("yxd,cd->cyx", grid, direction.double())
+    wrong = torch.where(side < 0, energy, 0).sum(dim=(1, 2)) + torch.where(side == 0, energy, 0).sum(dim=(1, 2)) / 2
+    return wrong / energy.sum(dim=(1, 2)).clamp_min(torch.finfo(energy.dtype).tiny)
+
+
+def _half_plane_share(power: Tensor, grid: Tensor, frequency: Tensor) -> Tensor:
+    """(C, G, G) energy in the half plane <xi, frequency> > 0, normalised to sum to 1 (0 for a zero filter)."""
+    inside = torch.einsum("yxd,cd->cyx", grid, frequency.to(grid)) > 0
+    energy = torch.where(inside, power, 0.0)
+    return energy / energy.sum(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
+
+
+def _is_upper(frequency: Tensor) -> Tensor:
+    return (frequency[:, 0] > 0) | ((frequency[:, 0] == 0) & (frequency[:, 1] >= 0))
+
+
+def _lags(taps: int, device: torch.device) -> Tensor:
+    """(taps, taps) index of lag a - b in a table of the lags 1 - taps .. taps - 1."""
+    tap = torch.arange(taps, device=device)
+    return tap[:, None] - tap[None, :] + taps - 1
+
+
+def _spectrum_size(weight: Tensor) -> int:
+    return max(SPECTRUM_SIZE, 4 * max(weight.shape[-2:]) + 1)
+
+
+def _check_weight(weight: Tensor) -> Tensor:
+    if not isinstance(weight, Tensor) or weight.ndim != 4 or not weight.is_floating_point():
+        got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"expected a floating-point weight of shape (C_out, C_in, kH, kW), got {got}")
+    return weight
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """(y, x) from one number or two."""
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 2:
+        raise ValueError(f"expected one integer or a pair of them, got {value!r}")
+    return values

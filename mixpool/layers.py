@@ -1,0 +1,308 @@
+"""The stem as one module: convolution, norm, activation and mixed pooling, at the place of the first convolution."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mixpool.filters import analytic_partner_map, apply_partner_map, pair
+from mixpool.functional import check_pooling, memory_format_of, split_channels
+from mixpool.normalization import is_supported_norm, normalize_pooled, sign_of_scale, uses_batch_statistics
+from mixpool.plan import KINDS, ChannelPlan
+from mixpool.reference import (
+    Channels,
+    ConvGeometry,
+    PoolGeometry,
+    activate_and_merge,
+    convolve_and_pool,
+    without_autocast,
+)
+from mixpool.selection import Select, calibrate, make_plan
+
+# Activations that never decrease, so that they commute with a maximum.
+_INCREASING_ACTIVATIONS = (
+    nn.Identity,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.Hardtanh,
+    nn.Softplus,
+    nn.Sigmoid,
+    nn.Tanh,
+)
+
+
+class MixPoolStem(nn.Module):
+    """conv -> norm -> act -> max pool as one module that pools each channel by its maximum or by a modulus.
+
+    With W + iV the complex kernel, a and b the affine map of the norm layer:
+
+        max channels      act(max over the window of (a conv(x; W) + b))
+        modulus channels  act(|a| binomial mean over the window of |conv(x; W + iV)| + b)
+
+    The module owns the convolution's own `weight` and `bias` (the same Parameters) and the norm layer as its child
+    `bn`. Its new state is the buffer `plan`, (C_out, 2) int16: the kind of each channel with its blur, and the
+    direction of its frequency in 0.01 degree, on which V depends; and the buffer `calibration`, (C_out, 2): the gain
+    and the offset that `calibrate` folded into the parameters (1 and 0 if none).
+
+    Args:
+        conv: nn.Conv2d with zero padding and groups=1.
+        norm: a batch norm of torch, torchvision or timm (with or without activation), or None.
+        act: an elementwise increasing activation; default the norm layer's own, else none.
+        pool: nn.MaxPool2d with a window of 2 or 3; default `nn.MaxPool2d(3, 2, 1)`.
+        select: which channels take the modulus: "auto", "all", "none", C_out booleans, or a function of FilterStats.
+        blur: 3 for the binomial mean of the modulus over the window, 1 for its centre alone (paper 2's CMod).
+        max_blur: 3 to pool the max channels as BlurPool does (stride-1 max, then binomial decimation), 1 to keep them.
+        imag: "tied": V is a fixed linear map of W and follows it in training; "free": V is the parameter
+            `weight_imag`, and starts there.
+        images: a batch of the stem's input, (N, C_in, H, W), or an iterable of them, by which `select="auto"`
+            measures its candidates and calibrates the affine maps of the channels it swaps.
+    Raises:
+        ValueError: a part cannot be taken over; the message names it.
+    Reference: Leterme et al., arXiv 2209.11740 and arXiv 2212.00394.
+    Example:
+        >>> stem = MixPoolStem(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), select="all")
+        >>> tuple(stem(torch.randn(2, 3, 224, 224)).shape)
+        (2, 64, 56, 56)
+    """
+
+    plan: Tensor
+    calibration: Tensor
+    max_index: Tensor
+    modulus_index: Tensor
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        norm: nn.Module | None = None,
+        act: nn.Module | None = None,
+        pool: nn.MaxPool2d | None = None,
+        *,
+        select: Select = "auto",
+        blur: int = 3,
+        max_blur: int = 1,
+        imag: str = "tied",
+        images: Tensor | Iterable[Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        pool = nn.MaxPool2d(3, 2, 1) if pool is None else pool
+        act = act if act is not None else getattr(norm, "act", None) or nn.Identity()
+        check_parts(conv, norm, act, pool)
+        if imag not in ("tied", "free"):
+            raise ValueError(f'expected imag to be "tied" or "free", got {imag!r}')
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, 1
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding = (0, 0) if conv.padding == "valid" else conv.padding
+        self._conv = ConvGeometry(self.stride, self.padding, self.dilation)
+        self._pool = pool_geometry(pool)
+        self.imag, self.blur, self.max_blur = imag, blur, max_blur
+        check_pooling(self._pool, blur, max_blur)
+
+        self.weight, self.bias = conv.weight, conv.bias
+        self.bn, self.act = norm, act
+        self.training = conv.training
+        self.before_calibration: dict[str, tuple[Tensor, Tensor]] | None = None  # see selection.stock_values
+        plan, fits = make_plan(select, self, images)
+        self.channel_plan: ChannelPlan | None = plan
+        self.register_buffer("plan", plan.encode(blur, max_blur).to(self.weight.device))
+        identity = torch.tensor([[1.0, 0.0]], device=self.weight.device, dtype=self.weight.dtype)
+        self.register_buffer("calibration", identity.repeat(self.out_channels, 1))
+        if imag == "free":
+            self.register_parameter("weight_imag", nn.Parameter(torch.zeros_like(self.weight)))
+        self._adopt_plan()
+        if imag == "free":
+            self._start_free_partner(self.weight)
+        if fits is not None:
+            calibrate(self, fits)
+
+    # ------------------------------------------------------------------------------------------------------- the plan
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """"max" or "modulus" for each channel."""
+        return tuple(KINDS[code & 1] for code in self._codes)
+
+    @property
+    def num_modulus(self) -> int:
+        return len(self.modulus_index)
+
+    @property
+    def total_stride(self) -> tuple[int, int]:
+        """Pixels per step of the output, (y, x)."""
+        return (self.stride[0] * self._pool.stride[0], self.stride[1] * self._pool.stride[1])
+
+    def _adopt_plan(self) -> None:
+        """Set everything that follows from the `plan` buffer: the channel lists, the blurs and the partner map."""
+        plan = self.plan.cpu()
+        self._codes = tuple(plan[:, 0].tolist())
+        channels = split_channels([code & 1 for code in self._codes], self.weight.device)
+        self.register_buffer("max_index", channels.max, persistent=False)
+        self.register_buffer("modulus_index", channels.modulus, persistent=False)
+        direction = ChannelPlan.decode_direction(plan)[channels.modulus.cpu()]
+        partner_map = None
+        if len(channels.modulus) > 0:
+            partner_map = analytic_partner_map(direction, self.kernel_size).to(self.weight)
+        self.register_buffer("partner_map", partner_map, persistent=False)
+        for name, blurs in zip(("max_blur", "blur"), ChannelPlan.decode_blurs(self._codes), strict=True):
+            if blurs:
+                setattr(self, name, blurs)
+
+    @torch.no_grad()
+    def _start_free_partner(self, weight: Tensor) -> None:
+        self.weight_imag.zero_()
+        if self.num_modulus > 0:
+            start = apply_partner_map(self.partner_map, weight.to(self.weight_imag).index_select(0, self.modulus_index))
+            self.weight_imag.index_copy_(0, self.modulus_index, start)
+
+    # ------------------------------------------------------------------------------------------------------- the pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):  # one node in any symbolic trace, as torch's own layers are
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"expected images (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        channels = Channels(self.max_index, self.modulus_index)
+        parts = self.pool_and_normalize(x, channels, self.imaginary_weight())
+        return activate_and_merge(*parts, channels, self.act, self._pool, self.max_blur, memory_format_of(x))
+
+    def pool_and_normalize(
+        self, x: Tensor, channels: Channels, weight_imag: Tensor | None, max_blur: int | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The max part and the modulus part of some channels, pooled and normalised, before the activation."""
+        sign = sign_of_scale(self.bn)
+        weight, bias = self.weight, self.bias
+        if sign is not None:
+            weight = weight * sign[:, None, None, None]
+            bias = None if bias is None else bias * sign
+            if weight_imag is not None:
+                weight_imag = weight_imag * sign.index_select(0, channels.modulus)[:, None, None, None]
+        pooled = convolve_and_pool(
+            x,
+            weight,
+            bias,
+            weight_imag,
+            channels,
+            self._conv,
+            self._pool,
+            blur=self.blur,
+            max_blur=self.max_blur if max_blur is None else max_blur,
+            with_moments=uses_batch_statistics(self.bn),
+        )
+        return normalize_pooled(pooled, self.bn, self.bias, sign, channels)
+
+    def imaginary_weight(self) -> Tensor | None:
+        """V of the modulus channels, (num_modulus, C_in, kH, kW); None if there is none."""
+        if self.num_modulus == 0:
+            return None
+        if self.imag == "free":
+            return self.weight_imag.index_select(0, self.modulus_index)
+        with without_autocast(self.weight):  # V is a small difference of large terms
+            return apply_partner_map(self.partner_map, self.weight.index_select(0, self.modulus_index))
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}", f"kernel_size={self.kernel_size}"]
+        parts += [f"{name}={value}" for name, value in self._conv._asdict().items() if value != ConvGeometry()._asdict()[name]]
+        parts.append(f"bias={self.bias is not None}")
+        parts.append("pool=" + repr(self._pool).removeprefix("PoolGeometry"))
+        parts.append(f"modulus={self.num_modulus}/{self.out_channels}")
+        parts.append(f"blur={self.blur}, max_blur={self.max_blur}, imag={self.imag!r}")
+        return ", ".join(parts)
+
+    # -------------------------------------------------------------------------------------------------- the state dict
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        weight = state_dict.get(prefix + "weight")
+        is_stock = weight is not None and prefix + "plan" not in state_dict
+        added = {}
+        if is_stock:
+            warnings.warn(
+                f"{prefix.rstrip('.') or 'stem'}: this checkpoint has no channel plan (a stock model's); the weights "
+                f"are loaded and the present plan stays ({self.num_modulus} of {self.out_channels} on modulus), though "
+                "it was chosen for other weights. To choose anew: load into the stock model, then convert.",
+                stacklevel=2,
+            )
+            calibration = torch.ones_like(self.calibration)
+            calibration[:, 1] = 0
+            added = {prefix + "plan": self.plan, prefix + "calibration": calibration}
+        if prefix + "weight_imag" in state_dict and self.imag == "tied":
+            errors.append(
+                f'{prefix}weight_imag is in the checkpoint, which was converted with imag="free", and this model has '
+                'imag="tied": convert it with imag="free".'
+            )
+        free_start = self.imag == "free" and weight is not None and prefix + "weight_imag" not in state_dict
+        if free_start:
+            added[prefix + "weight_imag"] = self.weight_imag.detach()
+        state_dict = {**state_dict, **added} if added else state_dict
+        old_plan, old_calibration = self.plan.clone(), self.calibration.clone()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
+        )
+        if not torch.equal(old_plan, self.plan):
+            self._adopt_plan()
+            self.channel_plan = None  # its reasons were those of other weights
+        if not torch.equal(old_calibration, self.calibration):
+            self.before_calibration = None
+        if free_start and weight.shape == self.weight.shape:
+            self._start_free_partner(weight)
+
+
+class BlurPoolStem(MixPoolStem):
+    """Baseline: every channel by max pooling at stride 1 and binomial decimation (Zhang 2019, arXiv 1904.11486)."""
+
+    def __init__(self, conv, norm=None, act=None, pool=None) -> None:
+        super().__init__(conv, norm, act, pool, select="none", max_blur=3)
+
+
+class CModStem(MixPoolStem):
+    """Baseline: the plain CMod of Leterme et al., arXiv 2212.00394: the modulus at the windows' centres, no blur."""
+
+    def __init__(self, conv, norm=None, act=None, pool=None, *, select: Select = "all", imag: str = "tied") -> None:
+        super().__init__(conv, norm, act, pool, select=select, blur=1, imag=imag)
+
+
+def pool_geometry(pool: nn.MaxPool2d) -> PoolGeometry:
+    """The geometry of an nn.MaxPool2d, as pairs."""
+    return PoolGeometry(
+        pair(pool.kernel_size),
+        pair(pool.stride if pool.stride is not None else pool.kernel_size),
+        pair(pool.padding),
+        pool.ceil_mode,
+    )
+
+
+def check_parts(conv: nn.Module, norm: nn.Module | None, act: nn.Module, pool: nn.Module) -> None:
+    """Raise ValueError naming the first part of a stem that a MixPoolStem cannot take over."""
+    if type(conv) is not nn.Conv2d:
+        raise ValueError(f"expected the convolution to be an nn.Conv2d, got {_describe(conv)}")
+    if not isinstance(conv._parameters.get("weight"), nn.Parameter):
+        raise ValueError(
+            "expected the convolution's weight to be a plain parameter, got one that is computed (weight norm, spectral "
+            "norm or pruning): make it permanent first"
+        )
+    if conv.groups != 1 or conv.padding_mode != "zeros":
+        raise ValueError(f"expected groups=1 and zero padding, got {conv.groups=} and {conv.padding_mode=}")
+    if conv.padding == "same":
+        raise ValueError('expected numbers as the convolution\'s padding, got "same"')
+    if norm is not None and not is_supported_norm(norm):
+        raise ValueError(f"expected a batch norm of torch, torchvision or timm, got {_describe(norm)}")
+    if norm is not None and len(norm.running_mean if norm.running_mean is not None else conv.weight) != conv.out_channels:
+        raise ValueError(f"expected a norm layer of {conv.out_channels} channels, got {norm}")
+    increasing = type(act) in _INCREASING_ACTIVATIONS and getattr(act, "negative_slope", 0) >= 0
+    if not increasing or any(getattr(act, name, 1) < 0 for name in ("alpha",)):
+        raise ValueError(
+            f"expected an increasing activation such as ReLU (it has to commute with a maximum), got {_describe(act)}"
+        )
+    if type(pool) is not nn.MaxPool2d:
+        raise ValueError(f"expected the pooling to be an nn.MaxPool2d, got {_describe(pool)}")
+    if pair(pool.dilation) != (1, 1) or pool.return_indices:
+        raise ValueError(f"expected a max pool with dilation=1 and return_indices=False, got {pool}")
+
+
+def _describe(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

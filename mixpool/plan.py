@@ -1,0 +1,78 @@
+"""ChannelPlan: for each channel of a stem the kind of its pooling, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixpool.filters import FilterStats
+
+KINDS = ("max", "modulus")
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """What was decided for each channel, with the numbers that decided it.
+
+    Attributes:
+        kinds: "max" or "modulus" per channel.
+        reasons: a few words per channel.
+        stats: the filters as they were measured.
+        fidelity: (C,) correlation over the images between both poolings of the channel, NaN where it was not
+            measured; None without images.
+    """
+
+    kinds: tuple[str, ...]
+    reasons: tuple[str, ...]
+    stats: FilterStats
+    fidelity: Tensor | None = None
+
+    @property
+    def is_modulus(self) -> tuple[bool, ...]:
+        return tuple(kind == "modulus" for kind in self.kinds)
+
+    @property
+    def num_modulus(self) -> int:
+        return sum(self.is_modulus)
+
+    def encode(self, blur: int, max_blur: int) -> Tensor:
+        """(C, 2) int16, the form in which a checkpoint keeps the plan.
+
+        Column 0: 0 max, 1 modulus, plus 2 if that kind is blurred. Column 1: direction of the frequency vector in
+        units of 0.01 degree, in [-18000, 18000]; integers survive .half(), EMA and every file format.
+        """
+        blurred = {"max": max_blur == 3, "modulus": blur == 3}
+        code = [KINDS.index(kind) + 2 * blurred[kind] for kind in self.kinds]
+        angle = torch.atan2(self.stats.center_frequency[:, 0], self.stats.center_frequency[:, 1])
+        direction = (angle * (18000 / math.pi)).round()
+        return torch.stack([torch.tensor(code, dtype=torch.float64), direction], dim=1).to(torch.int16)
+
+    @staticmethod
+    def decode_direction(encoded: Tensor) -> Tensor:
+        """(C, 2) float64 unit vectors (fy, fx) from `encode`."""
+        angle = encoded[:, 1].double() * (math.pi / 18000)
+        return torch.stack([angle.sin(), angle.cos()], dim=1)
+
+    @staticmethod
+    def decode_blurs(codes: Sequence[int]) -> tuple[int | None, int | None]:
+        """(max_blur, blur) from column 0 of `encode`; None for a kind that no channel has."""
+        blurs = [{3 if code & 2 else 1 for code in codes if code & 1 == kind} for kind in (0, 1)]
+        if any(len(values) > 1 for values in blurs):
+            raise ValueError("expected one blur for all channels of a kind in the checkpoint's plan, got several")
+        return tuple(next(iter(values), None) for values in blurs)
+
+    def __str__(self) -> str:
+        lines = [" ch  kind     step  angle  width  conc   dc   fid  reason"]
+        stats = self.stats
+        for channel, (kind, reason) in enumerate(zip(self.kinds, self.reasons, strict=True)):
+            fidelity = "" if self.fidelity is None else f"{self.fidelity[channel]:.2f}"
+            lines.append(
+                f"{channel:3d}  {kind:<8} {stats.phase_step[channel]:4.2f}"
+                f"  {math.degrees(stats.orientation[channel]):5.1f}  {stats.relative_bandwidth[channel]:5.2f}"
+                f"  {stats.concentration[channel]:4.2f}  {stats.dc_share[channel]:4.2f}  {fidelity:>4}  {reason}"
+            )
+        return "\n".join(lines)

@@ -1,0 +1,339 @@
+"""The operation in plain PyTorch: the definition that every faster path is tested against.
+
+Legend: N images, C channels, (H, W) of the tensor at hand, W + iV the complex kernel, z = conv(x; W + iV).
+An image flows through this file from top to bottom:
+
+    convolve ------------------> max_pool                     the kind "max"
+    convolve_complex -> modulus -> lowpass_pool or centre     the kind "modulus"
+                                   -> affine -> act [-> binomial_decimate] -> merge
+
+Pooling comes before the affine step: an increasing function commutes with a maximum, so
+max_pool(act(a y + b)) == act(|a| max_pool(sign(a) y) + b), and four times fewer numbers are normalised.
+The caller folds sign(a) into W and V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+class ConvGeometry(NamedTuple):
+    """Where a convolution looks: (y, x) pairs in pixels, as `nn.Conv2d` with zero padding and groups=1."""
+
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+
+class PoolGeometry(NamedTuple):
+    """Where a pooling looks: (y, x) pairs in steps of the convolution, as `nn.MaxPool2d` with dilation=1."""
+
+    size: Pair = (3, 3)
+    stride: Pair = (2, 2)
+    padding: Pair = (0, 0)
+    ceil_mode: bool = False
+
+    @property
+    def center(self) -> Pair:
+        """Index of a window's centre; of an even window, the upper left of the central positions."""
+        return ((self.size[0] - 1) // 2, (self.size[1] - 1) // 2)
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """(height, width) after the max pool, by PyTorch's rule: the last window starts inside the input or its left padding."""
+        return tuple(
+            _pooled_length(n, *axis, self.ceil_mode)
+            for n, axis in zip((height, width), zip(self.size, self.stride, self.padding, strict=True), strict=True)
+        )
+
+
+class Channels(NamedTuple):
+    """Which output channels are pooled how: two disjoint (n,) int64 index tensors that cover all of them."""
+
+    max: Tensor
+    modulus: Tensor
+
+
+class Moments(NamedTuple):
+    """Batch statistics: `mean` and biased `var` per channel, float32 or better, over `count` values each."""
+
+    mean: Tensor
+    var: Tensor
+    count: int
+
+
+class Pooled(NamedTuple):
+    """What `convolve_and_pool` returns: each kind's pooled channels (None if it has none) and, if asked, its moments."""
+
+    max: Tensor | None
+    modulus: Tensor | None
+    max_moments: Moments | None = None
+    modulus_moments: Moments | None = None
+
+
+def convolve_and_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_imag: Tensor | None,
+    channels: Channels,
+    conv: ConvGeometry,
+    pool: PoolGeometry,
+    *,
+    blur: int = 3,
+    max_blur: int = 1,
+    with_moments: bool = False,
+) -> Pooled:
+    """Convolve and pool each channel by its kind; the affine step, the activation and the merge are the caller's.
+
+    Args:
+        x: images, (N, C_in, H, W), any float dtype, any strides.
+        weight: (C_out, C_in, kH, kW), the real part, sign of the affine scale folded in.
+        bias: (C_out,) or None; added to the max channels only (a modulus has no use for it before the affine step).
+        weight_imag: (n_modulus, C_in, kH, kW), the imaginary parts of the modulus channels, in the order of `channels`.
+        channels: the max and the modulus channels.
+        conv, pool: the geometry of the stem.
+        blur: 3 for the binomial mean of the modulus over the window, 1 for its centre alone (paper 2's CMod).
+        max_blur: 3 leaves the max channels at stride 1 for `binomial_decimate`; 1 pools them as `nn.MaxPool2d`.
+        with_moments: also return batch statistics: of the real convolution for max channels; mean 0 and
+            mean(|z|^2) / 2 over the positions computed for modulus channels (paper 2's non-centred rule).
+    """
+    all_max, all_modulus = len(channels.max) == len(weight), len(channels.modulus) == len(weight)
+    as_channels_last = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    pooled_max = pooled_modulus = max_moments = modulus_moments = None
+    # On CPU, PyTorch pools channels_last tensors about ten times faster. An all-max plan convolves in the layout that
+    # came in, so that it repeats the stock convolution bit by bit.
+    if as_channels_last and len(channels.modulus) > 0:
+        x = x.contiguous(memory_format=torch.channels_last)
+
+    if len(channels.max) > 0:
+        weight_max, bias_max = weight, bias
+        if not all_max:
+            weight_max = weight.index_select(0, channels.max)
+            bias_max = None if bias is None else bias.index_select(0, channels.max)
+        y = F.conv2d(x, weight_max, bias_max, conv.stride, conv.padding, conv.dilation)
+        max_moments = real_moments(y) if with_moments else None
+        if as_channels_last:
+            y = y.contiguous(memory_format=torch.channels_last)
+        pooled_max = dense_max_pool(y, pool) if max_blur == 3 else max_pool(y, pool)
+
+    if len(channels.modulus) > 0:
+        weight_modulus = torch.cat([weight if all_modulus else weight.index_select(0, channels.modulus), weight_imag])
+        if blur == 1 and centers_are_inside(pool):
+            z = convolve_at_centers(x, weight_modulus, conv, pool)
+        else:
+            z = F.conv2d(x, weight_modulus, None, conv.stride, conv.padding, conv.dilation)
+        envelope = modulus(*z.chunk(2, dim=1))
+        modulus_moments = energy_moments(envelope) if with_moments else None
+        if blur == 3:
+            envelope = lowpass_pool(envelope, pool)
+        elif not centers_are_inside(pool):
+            envelope = nearest_centers(envelope, pool)
+        pooled_modulus = envelope.to(z.dtype)
+    return Pooled(pooled_max, pooled_modulus, max_moments, modulus_moments)
+
+
+# --- the max branch ---------------------------------------------------------------------------------------------------
+
+
+def max_pool(y: Tensor, pool: PoolGeometry) -> Tensor:
+    """Maximum over each window; positions outside `y` do not count."""
+    return F.max_pool2d(y, pool.size, pool.stride, pool.padding, ceil_mode=pool.ceil_mode)
+
+
+def dense_max_pool(y: Tensor, pool: PoolGeometry) -> Tensor:
+    """Maximum over the same windows at every position (stride 1): the first half of BlurPool's max pooling.
+
+    With ceil_mode the map reaches as far as the last window that hangs over the border.
+    """
+    if pool.ceil_mode:
+        height, width = y.shape[-2:]
+        out_height, out_width = pool.output_size(height, width)
+        below = (out_height - 1) * pool.stride[0] + pool.size[0] - 2 * pool.padding[0] - height
+        right = (out_width - 1) * pool.stride[1] + pool.size[1] - 2 * pool.padding[1] - width
+        y = F.pad(y, (0, max(right, 0), 0, max(below, 0)), value=float("-inf"))
+    return F.max_pool2d(y, pool.size, 1, pool.padding)
+
+
+def binomial_decimate(out: Tensor, pool: PoolGeometry) -> Tensor:
+    """BlurPool's second half: [1 2 1] x [1 2 1] / 16 on a reflected border, then every `pool.stride`-th value.
+
+    Reference: Zhang, Making Convolutional Networks Shift-Invariant Again, 2019, arXiv 1904.11486, section 3.2.
+    """
+    out = F.pad(out, (1, 1, 1, 1), mode="reflect" if min(out.shape[-2:]) > 1 else "replicate")
+    kernel = binomial_kernel((3, 3), out).expand(out.shape[1], 1, 3, 3)
+    with without_autocast(out):
+        return F.conv2d(out, kernel, stride=pool.stride, groups=out.shape[1])
+
+
+# --- the modulus branch -----------------------------------------------------------------------------------------------
+
+
+def modulus(re: Tensor, im: Tensor) -> Tensor:
+    """sqrt(re^2 + im^2) in float32 or better, with derivative 0 where both are 0 (a plain sqrt or hypot gives NaN)."""
+    if re.dtype in (torch.float16, torch.bfloat16):
+        re, im = re.float(), im.float()
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return torch.hypot(re, im)  # one pass; its derivative is the one that is wrong at 0
+    energy = torch.addcmul(re * re, im, im)
+    is_zero = energy == 0
+    return energy.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
+
+
+def lowpass_pool(envelope: Tensor, pool: PoolGeometry) -> Tensor:
+    """Binomial mean over each window: [1 2 1] x [1 2 1] on windows of 3, [1 1] x [1 1] on windows of 2.
+
+    Positions outside `envelope` do not count and the other weights are scaled up to sum to 1 (constant in, constant
+    out). The output size is the max pool's.
+    """
+    out_height, out_width = pool.output_size(*envelope.shape[-2:]) if pool.ceil_mode else (None, None)
+    kernel = binomial_kernel(pool.size, envelope)
+
+    def window_sums(values: Tensor) -> Tensor:
+        if not pool.ceil_mode:
+            padding = pool.padding
+        else:  # one more stride of zeros below and right, for the windows that hang over the border
+            (pad_y, pad_x), padding = pool.padding, (0, 0)
+            values = F.pad(values, (pad_x, pad_x + pool.stride[1] - 1, pad_y, pad_y + pool.stride[0] - 1))
+        channels = values.shape[1]
+        sums = F.conv2d(values, kernel.expand(channels, 1, *pool.size), None, pool.stride, padding, groups=channels)
+        return sums[..., :out_height, :out_width]
+
+    with without_autocast(envelope):
+        if not pool.ceil_mode and pool.padding == (0, 0):
+            return window_sums(envelope)
+        return window_sums(envelope) / window_sums(torch.ones_like(envelope[:1, :1]))
+
+
+def convolve_at_centers(x: Tensor, weight: Tensor, conv: ConvGeometry, pool: PoolGeometry) -> Tensor:
+    """The convolution at the windows' centres only, at the total stride, where `centers_are_inside` holds.
+
+    The first centre lies `center - padding` steps into the map, so the input loses that many strides on its first
+    side; on its last side it loses what no window's centre reaches. Nothing here depends on the input's size.
+    """
+    pads = []
+    for stride, padding, size, step, pool_padding, center in zip(
+        conv.stride, conv.padding, pool.size, pool.stride, pool.padding, pool.center, strict=True
+    ):
+        unreached = _unreached(size, step, pool_padding, center, pool.ceil_mode)
+        pads.append((padding - stride * (center - pool_padding), padding - stride * unreached))
+    (top, bottom), (left, right) = pads
+    stride = (conv.stride[0] * pool.stride[0], conv.stride[1] * pool.stride[1])
+    if top == bottom and left == right and min(top, left) >= 0:
+        return F.conv2d(x, weight, None, stride, (top, left), conv.dilation)
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride, 0, conv.dilation)
+
+
+def centers_are_inside(pool: PoolGeometry) -> bool:
+    """Whether every window's centre lies on the map whatever the map's size (true for all common stems)."""
+    return all(
+        center >= padding and _unreached(size, stride, padding, center, pool.ceil_mode) >= 0
+        for size, stride, padding, center in zip(pool.size, pool.stride, pool.padding, pool.center, strict=True)
+    )
+
+
+def nearest_centers(envelope: Tensor, pool: PoolGeometry) -> Tensor:
+    """The envelope at the windows' centres, taken at the nearest position on the map where a centre lies outside."""
+    height, width = envelope.shape[-2:]
+    out_height, out_width = pool.output_size(height, width)
+    rows = torch.arange(out_height, device=envelope.device) * pool.stride[0] + pool.center[0] - pool.padding[0]
+    columns = torch.arange(out_width, device=envelope.device) * pool.stride[1] + pool.center[1] - pool.padding[1]
+    return envelope[:, :, rows.clamp(0, height - 1)[:, None], columns.clamp(0, width - 1)]
+
+
+# --- both branches ----------------------------------------------------------------------------------------------------
+
+
+def real_moments(y: Tensor) -> Moments:
+    """Mean and biased variance of each channel over N, H, W, differentiable."""
+    y = y if y.dtype == torch.float64 else y.float()
+    count = y.shape[0] * y.shape[2] * y.shape[3]
+    if isinstance(count, int) and count == 0:
+        return _no_moments(y)
+    var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
+    return Moments(mean, var, count)
+
+
+def energy_moments(envelope: Tensor) -> Moments:
+    """Mean 0 and half the mean energy of each channel, differentiable: the variance of the real part of an analytic z."""
+    count = envelope.shape[0] * envelope.shape[2] * envelope.shape[3]
+    if isinstance(count, int) and count == 0:
+        return _no_moments(envelope)
+    var = envelope.square().mean(dim=(0, 2, 3)) / 2
+    return Moments(torch.zeros_like(var), var, count)
+
+
+def affine(pooled: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """scale * pooled + shift per channel, in the wider of the dtypes, returned in the dtype of `pooled`."""
+    out = pooled
+    if scale is not None:
+        out = out * scale[:, None, None]
+    if shift is not None:
+        out = out + shift[:, None, None]
+    return out.to(pooled.dtype)
+
+
+def activate_and_merge(
+    max_part: Tensor | None,
+    modulus_part: Tensor | None,
+    channels: Channels,
+    act: Callable[[Tensor], Tensor],
+    pool: PoolGeometry,
+    max_blur: int,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """act, BlurPool's decimation of the max channels, and all channels back in their places."""
+    if max_part is not None:
+        max_part = act(max_part)
+        if max_blur == 3:
+            max_part = binomial_decimate(max_part, pool)
+    if modulus_part is not None:
+        modulus_part = act(modulus_part)
+    if max_part is None or modulus_part is None:
+        part = modulus_part if max_part is None else max_part
+        return part.contiguous(memory_format=memory_format)
+    size = (max_part.shape[0], len(channels.max) + len(channels.modulus), *max_part.shape[-2:])
+    out = torch.empty(size, dtype=max_part.dtype, device=max_part.device, memory_format=memory_format)
+    return out.index_copy_(1, channels.max, max_part).index_copy_(1, channels.modulus, modulus_part)
+
+
+def binomial_kernel(size: Pair, like: Tensor) -> Tensor:
+    """(1, 1, *size) binomial weights that sum to 1, [1], [1 1] or [1 2 1] per axis; exact in every float dtype."""
+    axes = []
+    for n in size:
+        # (n + 1) / 2 - distance from the middle: computed on the device, so that a CUDA graph can hold it.
+        tap = torch.arange(n, dtype=like.dtype, device=like.device)
+        axes.append(((n + 1) / 2 - (tap - (n - 1) / 2).abs()) / ((n + 1) // 2 * ((n + 2) // 2)))
+    return (axes[0][:, None] * axes[1])[None, None]
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Context in which `tensor`'s dtype stays what it is: sums that autocast would round are done in float32."""
+    if tensor.device.type == "meta":
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _no_moments(y: Tensor) -> Moments:
+    """The moments of an empty batch: zeros that depend on `y`, so that every process of a group stays in step."""
+    nothing = y.sum(dim=(0, 2, 3))
+    return Moments(nothing, nothing, 0)
+
+
+def _unreached(size: int, stride: int, padding: int, center: int, ceil_mode: bool) -> int:
+    """How many positions at the end of a map no window's centre can reach; negative if a centre can fall outside."""
+    return size - 1 - center - padding - (stride - 1 if ceil_mode else 0)
+
+
+def _pooled_length(length: int, size: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    count = (length + 2 * padding - size + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (count - 1) * stride >= length + padding:
+        count -= 1
+    return count
