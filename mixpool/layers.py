@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,7 @@ class MixPoolStem(nn.Module):
         self.weight, self.bias = conv.weight, conv.bias
         self.bn, self.act = norm, act
         self.training = conv.training
+        self.stock: Any = None  # checkpoint.StockParts, set by convert
         self.before_calibration: dict[str, tuple[Tensor, Tensor]] | None = None  # see selection.stock_values
         plan, fits = make_plan(select, self, images)
         self.channel_plan: ChannelPlan | None = plan
@@ -125,7 +127,7 @@ class MixPoolStem(nn.Module):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """"max" or "modulus" for each channel."""
+        """ "max" or "modulus" for each channel."""
         return tuple(KINDS[code & 1] for code in self._codes)
 
     @property
@@ -207,7 +209,9 @@ class MixPoolStem(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}", f"kernel_size={self.kernel_size}"]
-        parts += [f"{name}={value}" for name, value in self._conv._asdict().items() if value != ConvGeometry()._asdict()[name]]
+        parts += [
+            f"{name}={value}" for name, value in self._conv._asdict().items() if value != ConvGeometry()._asdict()[name]
+        ]
         parts.append(f"bias={self.bias is not None}")
         parts.append("pool=" + repr(self._pool).removeprefix("PoolGeometry"))
         parts.append(f"modulus={self.num_modulus}/{self.out_channels}")
@@ -240,9 +244,7 @@ class MixPoolStem(nn.Module):
             added[prefix + "weight_imag"] = self.weight_imag.detach()
         state_dict = {**state_dict, **added} if added else state_dict
         old_plan, old_calibration = self.plan.clone(), self.calibration.clone()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
         if not torch.equal(old_plan, self.plan):
             self._adopt_plan()
             self.channel_plan = None  # its reasons were those of other weights
@@ -291,7 +293,10 @@ def check_parts(conv: nn.Module, norm: nn.Module | None, act: nn.Module, pool: n
         raise ValueError('expected numbers as the convolution\'s padding, got "same"')
     if norm is not None and not is_supported_norm(norm):
         raise ValueError(f"expected a batch norm of torch, torchvision or timm, got {_describe(norm)}")
-    if norm is not None and len(norm.running_mean if norm.running_mean is not None else conv.weight) != conv.out_channels:
+    if (
+        norm is not None
+        and len(norm.running_mean if norm.running_mean is not None else conv.weight) != conv.out_channels
+    ):
         raise ValueError(f"expected a norm layer of {conv.out_channels} channels, got {norm}")
     increasing = type(act) in _INCREASING_ACTIVATIONS and getattr(act, "negative_slope", 0) >= 0
     if not increasing or any(getattr(act, name, 1) < 0 for name in ("alpha",)):

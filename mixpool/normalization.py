@@ -105,7 +105,11 @@ def normalize_pooled(
 
 @torch.no_grad()
 def _update_running_statistics(
-    norm: nn.Module, max_moments: Moments | None, modulus_moments: Moments | None, sign: Tensor | None, channels: Channels
+    norm: nn.Module,
+    max_moments: Moments | None,
+    modulus_moments: Moments | None,
+    sign: Tensor | None,
+    channels: Channels,
 ) -> None:
     moments = [m for m in (max_moments, modulus_moments) if m is not None]
     if all(isinstance(m.count, int) and m.count == 0 for m in moments):

@@ -89,7 +89,11 @@ def select_by_filter(stats: FilterStats, min_phase_step: float = MIN_PHASE_STEP)
     """
     tests = [
         (stats.dc_share > MAX_DC_SHARE, stats.dc_share, f"low-pass: dc share {{:.2f}} > {MAX_DC_SHARE}"),
-        (effective_phase_step(stats) < min_phase_step, effective_phase_step(stats), f"low frequency: {{:.2f}} rad/step < {min_phase_step}"),
+        (
+            effective_phase_step(stats) < min_phase_step,
+            effective_phase_step(stats),
+            f"low frequency: {{:.2f}} rad/step < {min_phase_step}",
+        ),
         (
             stats.relative_bandwidth > MAX_RELATIVE_BANDWIDTH,
             stats.relative_bandwidth,
@@ -266,7 +270,9 @@ def _explicit_mask(select: Select, stats: FilterStats) -> tuple[Tensor, list[str
     values = select(stats) if callable(select) else select
     values = values.tolist() if isinstance(values, Tensor) else list(values)
     if len(values) != count or any(value not in (0, 1) for value in values):
-        raise ValueError(f"expected {count} booleans from select, one per output channel, got {len(values)}: {values!r:.200}")
+        raise ValueError(
+            f"expected {count} booleans from select, one per output channel, got {len(values)}: {values!r:.200}"
+        )
     return torch.tensor(values, dtype=torch.bool), [origin] * count
 
 

@@ -1,0 +1,441 @@
+"""`convert`: put a MixPoolStem at the place of a model's stem, in place, all or nothing; `revert`: take it out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixpool.checkpoint import StockKeys, StockParts, converted_stems, stock_parts, unwrapped
+from mixpool.filters import FilterStats
+from mixpool.find import FoundStem, StemError, find_stem
+from mixpool.layers import MixPoolStem, pool_geometry
+from mixpool.plan import ChannelPlan
+from mixpool.selection import MAX_IMAGES, Select, batches_of, stock_values
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+_KEPT_BEHIND = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the conversion did to the model's outputs on the images, before any training.
+
+    top1: share of images whose first class stayed; kl: mean Kullback-Leibler divergence of the softmax, nats;
+    num_images: how many images that is.
+    """
+
+    top1: float
+    kl: float
+    num_images: int
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` found, decided and changed; `print` it.
+
+    Attributes:
+        stem: the stem's modules by name, in the order of the data.
+        plan: the kind of each channel and why; `plan.kinds` is a tuple of "max" and "modulus".
+        agreement: how often the converted model still says the same on `images`; None without images.
+        notes: what else a user should know.
+    """
+
+    stem: str
+    plan: ChannelPlan
+    blur: int
+    max_blur: int
+    imag: str
+    agreement: Agreement | None
+    notes: tuple[str, ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return self.plan.kinds
+
+    @property
+    def num_modulus(self) -> int:
+        return self.plan.num_modulus
+
+    @property
+    def stats(self) -> FilterStats:
+        return self.plan.stats
+
+    def __str__(self) -> str:
+        count = len(self.plan.kinds)
+        lines = [
+            f"mixpool stem: {self.stem}",
+            f"{self.num_modulus} of {count} channels on modulus pooling (blur={self.blur}, imag={self.imag}), "
+            f"{count - self.num_modulus} on max pooling (max_blur={self.max_blur})",
+        ]
+        if self.agreement is not None:
+            lines.append(
+                f"before any training, on {self.agreement.num_images} images: the first class stays on "
+                f"{self.agreement.top1:.1%}, mean KL {self.agreement.kl:.3f} nats"
+            )
+            if self.agreement.top1 < 0.6:
+                lines.append("WARNING: the model's outputs changed a lot; fine-tune it, or swap fewer channels")
+        elif self.num_modulus > 0:
+            lines.append("no images given: the effect on the model's outputs was not measured")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, str(self.plan)])
+
+
+def convert(
+    model: nn.Module,
+    *,
+    select: Select = "auto",
+    blur: int = 3,
+    max_blur: int = 1,
+    imag: str = "tied",
+    images: Tensor | Iterable[Tensor] | None = None,
+    stem: str | None = None,
+) -> ConversionReport:
+    """Replace a model's stem (conv, norm, activation, max pool) by a MixPoolStem, in place, all or nothing.
+
+    The stem is found by data flow. The parameters are the same objects before and after, so an optimizer stays valid;
+    the convolution's keys stay, the norm layer's move below it (`bn1.*` -> `conv1.bn.*`), and stock checkpoints load
+    as before. Load weights first and convert second: the channels are chosen by their filters. Convert before
+    torch.compile, DistributedDataParallel and EMA.
+
+    Args:
+        model: a timm, torchvision or own model, pretrained or not, training or not.
+        select: which channels take the modulus: "auto" (by the filters; with `images` also by how they pool them),
+            "all", "none", C_out booleans, or a function of FilterStats that returns such.
+        blur: 3 for a binomial mean of the modulus over the pooling window, 1 for its centre alone (paper 2's CMod).
+        max_blur: 3 to pool the max channels as BlurPool does; a model built with BlurPool keeps it (3).
+        imag: "tied": the imaginary filters follow the real ones; "free": they are parameters of their own.
+        images: normalised input batches of the model, (N, C, H, W), or an iterable of images or batches (a data
+            loader's (images, labels) too; at most 512 images are used): measures each candidate, calibrates the
+            swapped channels' affine maps, and measures what the conversion does to the model's outputs.
+        stem: name of the stem's convolution, if it is not the first.
+    Returns:
+        ConversionReport; print it.
+    Raises:
+        ValueError: (StemError) the model has no such stem, is converted already, or is compiled or wrapped; or an
+            argument does not fit. The message names what was found. The model is then as it was.
+    Example:
+        >>> import torchvision
+        >>> model = torchvision.models.resnet18()
+        >>> convert(model, select="all").num_modulus
+        64
+    """
+    _check_model(model)
+    found = find_stem(model, stem)
+    if found.taps and not _feature_entries(model, found):
+        raise StemError(
+            f"the output of {', '.join(found.taps)} is also an output of the model: after conversion it would have "
+            "the size of the pooled map. Convert the model before wrapping it for feature extraction"
+        )
+    conv, pool = found.modules[found.conv], found.modules[found.pool]
+    notes = list(found.notes)
+    if found.blur is not None:
+        max_blur, pool = 3, _strided_pool(pool, found.modules[found.blur])
+        notes.append(f"built with BlurPool: {found.blur} is part of the stem, so max_blur=3")
+    if isinstance(select, str) and select == "auto" and not found.is_first:
+        select = "none"
+
+    undo = []
+    try:
+        batches = None if images is None else _first_images(images)
+        before = None if batches is None else _outputs(model, batches)
+        inputs = None if batches is None else _stem_inputs(model, conv, batches)
+        norm = None if found.norm is None else found.modules[found.norm]
+        mixed = MixPoolStem(
+            conv,
+            norm,
+            found.act_module,
+            pool,
+            select=select,
+            blur=blur,
+            max_blur=max_blur,
+            imag=imag,
+            images=inputs,
+        )
+        undo.append(lambda: _restore_values(mixed))
+        mixed.stock = StockParts(
+            names={
+                part: name
+                for part in ("conv", "norm", "act", "pool", "blur")
+                if (name := getattr(found, part)) is not None
+            },
+            modules={},
+        )
+        notes += _swap(model, found, mixed, undo)
+        after = None if before is None else _outputs(model, batches)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    return ConversionReport(
+        stem=str(found),
+        plan=mixed.channel_plan,
+        blur=mixed.blur,
+        max_blur=mixed.max_blur,
+        imag=mixed.imag,
+        agreement=None if before is None or after is None else _agreement(before, after),
+        notes=tuple(notes),
+    )
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Put a converted model's stock modules back, in place, with the present weights and the calibration undone.
+
+    `convert` then `revert` is the identity, to the bit. Returns the model.
+
+    Raises:
+        ValueError: the model is not converted, or is compiled or DDP-wrapped.
+    """
+    _check_wrappers(model)
+    stems = converted_stems(model)
+    if not stems:
+        raise ValueError(f"expected a converted model, found no MixPoolStem in {type(model).__name__}")
+    places = [(stem, *stock_parts(name, stem)) for name, stem in stems.items()]
+    for stem, prefix, stock in places:
+        _restore_values(stem)
+        modules = dict(stock.modules)
+        conv = modules["conv"]
+        conv.weight, conv.bias = stem.weight, stem.bias
+        if "norm" in modules:
+            modules["norm"] = stem.bn
+        if "blur" in modules:
+            modules["blur"].to(stem.weight.device, stem.weight.dtype)
+        for part, module in modules.items():
+            replacement = model.get_submodule(prefix + stock.names[part])
+            _move_hooks(replacement, module)
+            if part != "norm":
+                module.train(replacement.training)
+            _set_submodule(model, prefix + stock.names[part], module)
+        for entry, reduction in stock.reductions:
+            entry["reduction"] = reduction
+        holder = _key_holder(model, prefix, stock.names)
+        if holder is not None:
+            hooks = holder._load_state_dict_pre_hooks
+            for key in [k for k, hook in hooks.items() if isinstance(_inner_hook(hook), StockKeys)]:
+                del hooks[key]
+    return model
+
+
+# --- checks before anything is touched --------------------------------------------------------------------------------
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise StemError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    _check_wrappers(model)
+    stems = converted_stems(model)
+    if stems:
+        raise StemError(
+            f"the model is converted already: found a MixPoolStem at {', '.join(map(repr, stems))}; call revert(model) first"
+        )
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    wrapper = None
+    if isinstance(model, torch.jit.ScriptModule):
+        wrapper = "a torch.jit.ScriptModule"
+    elif unwrapped(model) is not model or "FullyShardedDataParallel" in type(model).__name__:
+        wrapper = f"a {type(model).__name__}"
+    elif getattr(model, "_compiled_call_impl", None) is not None:
+        wrapper = "a model compiled with model.compile()"
+    if wrapper is not None:
+        raise StemError(f"expected the plain model, found {wrapper} around it: convert first, then compile or wrap")
+
+
+# --- the swap and its way back ----------------------------------------------------------------------------------------
+
+
+def _swap(model: nn.Module, found: FoundStem, mixed: MixPoolStem, undo: list) -> list[str]:
+    """Put the stem and Identities into the model; append to `undo` how to take each step back; return notes."""
+    notes = []
+    stock = mixed.stock
+    for part, name in stock.names.items():
+        module = model.get_submodule(name)
+        stock.modules[part] = module
+        replacement = mixed if part == "conv" else nn.Identity().train(module.training)
+        moved = _move_hooks(module, replacement)
+        if moved:
+            what = "the stem's input and output" if part == "conv" else "the stem's pooled output"
+            notes.append(f"{moved} hook(s) of {name} stay in place and now see {what}")
+        left = sum(len(getattr(module, attribute, ())) for attribute in _KEPT_BEHIND)
+        if left and part != "norm":
+            notes.append(f"{left} state-dict hook(s) of {name} wait for revert()")
+        _set_submodule(model, name, replacement)
+        undo.append(lambda name=name, module=module: _set_submodule(model, name, module))
+    holder = _key_holder(model, "", stock.names)
+    if holder is not None:
+        above = _common_prefix(stock.names)
+        hook = StockKeys(stock.names["norm"].removeprefix(above), stock.names["conv"].removeprefix(above))
+        handle = holder.register_load_state_dict_pre_hook(hook)
+        undo.append(handle.remove)
+    for entry in _feature_entries(model, found):
+        stock.reductions.append((entry, entry["reduction"]))
+        undo.append(lambda entry=entry, old=entry["reduction"]: entry.update(reduction=old))
+        entry["reduction"] *= mixed._pool.stride[0]
+        notes.append(f"feature map {entry['module']!r} now has reduction {entry['reduction']}: it is the stem's output")
+    return notes
+
+
+def _strided_pool(pool: nn.MaxPool2d, blur: nn.Module) -> nn.MaxPool2d:
+    """The max pool that a stride-1 max pool and a BlurPool of stride 2 stand for."""
+    geometry = pool_geometry(pool)
+    filt_size = getattr(blur, "filt_size", None)
+    if geometry.stride != (1, 1) or filt_size != 3 or getattr(blur, "pad_mode", "reflect") != "reflect":
+        raise StemError(
+            "expected a max pool of stride 1 and a BlurPool of 3 taps on a reflected border, "
+            f"found {pool} and {blur} with {filt_size} taps"
+        )
+    if geometry.size != (3, 3) or geometry.padding != (1, 1) or geometry.ceil_mode:
+        raise StemError(f"expected a max pool of size 3 and padding 1 before the blur, found {pool}")
+    return nn.MaxPool2d(pool.kernel_size, blur.stride, pool.padding)
+
+
+def _restore_values(stem: MixPoolStem) -> None:
+    """Undo the calibration in the stem's parameters."""
+    for name, value in stock_values(stem).items():
+        owner = stem.bn if name.startswith("bn.") else stem
+        getattr(owner, name.removeprefix("bn.")).data.copy_(value)
+    stem.calibration[:, 0], stem.calibration[:, 1] = 1, 0
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _move_hooks(source: nn.Module, target: nn.Module) -> int:
+    """Let `target` run the hooks of `source` (the same dictionaries, so that handles keep working); how many."""
+    count = len(source._forward_pre_hooks) + len(source._forward_hooks)
+    count += len(source._backward_hooks) + len(source._backward_pre_hooks)
+    for attribute in _HOOKS:
+        if hasattr(source, attribute):
+            setattr(target, attribute, getattr(source, attribute))
+    return count
+
+
+def _key_holder(model: nn.Module, prefix: str, names: dict[str, str]) -> nn.Module | None:
+    """The innermost module that holds both the convolution and the norm layer; None without a norm layer."""
+    return None if "norm" not in names else model.get_submodule((prefix + _common_prefix(names)).rstrip("."))
+
+
+def _common_prefix(names: dict[str, str]) -> str:
+    conv, norm = names["conv"].split(".")[:-1], names["norm"].split(".")[:-1]
+    shared = []
+    for a, b in zip(conv, norm, strict=False):
+        if a != b:
+            break
+        shared.append(a)
+    return "".join(f"{part}." for part in shared)
+
+
+def _inner_hook(hook: object) -> object:
+    return getattr(hook, "hook", hook)
+
+
+def _feature_entries(model: nn.Module, found: FoundStem) -> list[dict]:
+    """timm's feature_info entries whose map is taken between the stem's convolution and its pool."""
+    info = getattr(model, "feature_info", None)
+    entries = getattr(info, "info", info)
+
+    def is_inside(name: str) -> bool:
+        name = name.replace(".", "_")
+        parts = [part.replace(".", "_") for part in (found.conv, found.norm, found.act) if part]
+        pool = found.pool.replace(".", "_")
+        return any(part == name or part.startswith(name + "_") for part in parts) and not pool.startswith(name + "_")
+
+    return [e for e in entries or () if isinstance(e, dict) and "reduction" in e and is_inside(e.get("module") or "")]
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _first_images(images: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """At most 512 images, as batches."""
+    batches, count = [], 0
+    for batch in batches_of(images):
+        batches.append(batch[: MAX_IMAGES - count])
+        count += len(batches[-1])
+        if count >= MAX_IMAGES:
+            break
+    if count == 0:
+        raise ValueError("expected at least one image, got none")
+    return batches
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with every module's own training flag put back after."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+class _Reached(Exception):
+    pass
+
+
+def _stem_inputs(model: nn.Module, conv: nn.Module, batches: list[Tensor]) -> list[Tensor]:
+    """What reaches the convolution when the model sees the images."""
+    inputs: list[Tensor] = []
+
+    def catch(module: nn.Module, args: tuple) -> None:
+        inputs.append(args[0].detach())
+        raise _Reached
+
+    handle = conv.register_forward_pre_hook(catch)
+    weight = conv.weight
+    try:
+        with _evaluating(model):
+            for batch in batches:
+                try:
+                    model(batch.to(weight.device, weight.dtype))
+                except _Reached:
+                    pass
+    finally:
+        handle.remove()
+    if len(inputs) != len(batches):
+        raise StemError("expected the model's forward to reach the stem's convolution once per batch, it did not")
+    return inputs
+
+
+def _outputs(model: nn.Module, batches: list[Tensor]) -> Tensor | None:
+    """(N, classes) logits on the CPU; None where the model returns something else."""
+    parameter = next(model.parameters())
+    outputs = []
+    with _evaluating(model):
+        for batch in batches:
+            out = model(batch.to(parameter.device, parameter.dtype))
+            if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2:
+                return None
+            outputs.append(out.float().cpu())
+    return torch.cat(outputs)
+
+
+def _agreement(before: Tensor, after: Tensor) -> Agreement:
+    same = (before.argmax(dim=1) == after.argmax(dim=1)).double().mean().item()
+    kl = nn.functional.kl_div(
+        after.log_softmax(dim=1), before.log_softmax(dim=1), reduction="batchmean", log_target=True
+    ).item()
+    return Agreement(same, kl, len(before))
