@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mixpool.calibration import stock_values
 from mixpool.layers import MixPoolStem
-from mixpool.selection import stock_values
 
 
 @dataclass

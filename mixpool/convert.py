@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from mixpool.calibration import stock_values
 from mixpool.checkpoint import StockKeys, StockParts, converted_stems, stock_parts, unwrapped
-from mixpool.filters import FilterStats
 from mixpool.find import FoundStem, StemError, find_stem
 from mixpool.layers import MixPoolStem, pool_geometry
-from mixpool.plan import ChannelPlan
-from mixpool.selection import MAX_IMAGES, Select, batches_of, stock_values
+from mixpool.probe import first_batches, module_inputs, outputs_of
+from mixpool.report import ConversionReport, agreement_of
+from mixpool.selection import Select
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -32,70 +31,6 @@ _KEPT_BEHIND = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What the conversion did to the model's outputs on the images, before any training.
-
-    top1: share of images whose first class stayed; kl: mean Kullback-Leibler divergence of the softmax, nats;
-    num_images: how many images that is.
-    """
-
-    top1: float
-    kl: float
-    num_images: int
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What `convert` found, decided and changed; `print` it.
-
-    Attributes:
-        stem: the stem's modules by name, in the order of the data.
-        plan: the kind of each channel and why; `plan.kinds` is a tuple of "max" and "modulus".
-        agreement: how often the converted model still says the same on `images`; None without images.
-        notes: what else a user should know.
-    """
-
-    stem: str
-    plan: ChannelPlan
-    blur: int
-    max_blur: int
-    imag: str
-    agreement: Agreement | None
-    notes: tuple[str, ...]
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return self.plan.kinds
-
-    @property
-    def num_modulus(self) -> int:
-        return self.plan.num_modulus
-
-    @property
-    def stats(self) -> FilterStats:
-        return self.plan.stats
-
-    def __str__(self) -> str:
-        count = len(self.plan.kinds)
-        lines = [
-            f"mixpool stem: {self.stem}",
-            f"{self.num_modulus} of {count} channels on modulus pooling (blur={self.blur}, imag={self.imag}), "
-            f"{count - self.num_modulus} on max pooling (max_blur={self.max_blur})",
-        ]
-        if self.agreement is not None:
-            lines.append(
-                f"before any training, on {self.agreement.num_images} images: the first class stays on "
-                f"{self.agreement.top1:.1%}, mean KL {self.agreement.kl:.3f} nats"
-            )
-            if self.agreement.top1 < 0.6:
-                lines.append("WARNING: the model's outputs changed a lot; fine-tune it, or swap fewer channels")
-        elif self.num_modulus > 0:
-            lines.append("no images given: the effect on the model's outputs was not measured")
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, str(self.plan)])
 
 
 def convert(
@@ -154,9 +89,9 @@ def convert(
 
     undo = []
     try:
-        batches = None if images is None else _first_images(images)
-        before = None if batches is None else _outputs(model, batches)
-        inputs = None if batches is None else _stem_inputs(model, conv, batches)
+        batches = None if images is None else first_batches(images)
+        before = None if batches is None else outputs_of(model, batches)
+        inputs = None if batches is None else module_inputs(model, conv, batches)
         norm = None if found.norm is None else found.modules[found.norm]
         mixed = MixPoolStem(
             conv,
@@ -179,7 +114,7 @@ def convert(
             modules={},
         )
         notes += _swap(model, found, mixed, undo)
-        after = None if before is None else _outputs(model, batches)
+        after = None if before is None else outputs_of(model, batches)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -190,7 +125,7 @@ def convert(
         blur=mixed.blur,
         max_blur=mixed.max_blur,
         imag=mixed.imag,
-        agreement=None if before is None or after is None else _agreement(before, after),
+        agreement=None if before is None or after is None else agreement_of(before, after),
         notes=tuple(notes),
     )
 
@@ -243,7 +178,8 @@ def _check_model(model: nn.Module) -> None:
     stems = converted_stems(model)
     if stems:
         raise StemError(
-            f"the model is converted already: found a MixPoolStem at {', '.join(map(repr, stems))}; call revert(model) first"
+            f"the model is converted already: found a MixPoolStem at {', '.join(map(repr, stems))}; "
+            "call revert(model) first"
         )
 
 
@@ -361,81 +297,3 @@ def _feature_entries(model: nn.Module, found: FoundStem) -> list[dict]:
         return any(part == name or part.startswith(name + "_") for part in parts) and not pool.startswith(name + "_")
 
     return [e for e in entries or () if isinstance(e, dict) and "reduction" in e and is_inside(e.get("module") or "")]
-
-
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-def _first_images(images: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """At most 512 images, as batches."""
-    batches, count = [], 0
-    for batch in batches_of(images):
-        batches.append(batch[: MAX_IMAGES - count])
-        count += len(batches[-1])
-        if count >= MAX_IMAGES:
-            break
-    if count == 0:
-        raise ValueError("expected at least one image, got none")
-    return batches
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with every module's own training flag put back after."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-class _Reached(Exception):
-    pass
-
-
-def _stem_inputs(model: nn.Module, conv: nn.Module, batches: list[Tensor]) -> list[Tensor]:
-    """What reaches the convolution when the model sees the images."""
-    inputs: list[Tensor] = []
-
-    def catch(module: nn.Module, args: tuple) -> None:
-        inputs.append(args[0].detach())
-        raise _Reached
-
-    handle = conv.register_forward_pre_hook(catch)
-    weight = conv.weight
-    try:
-        with _evaluating(model):
-            for batch in batches:
-                try:
-                    model(batch.to(weight.device, weight.dtype))
-                except _Reached:
-                    pass
-    finally:
-        handle.remove()
-    if len(inputs) != len(batches):
-        raise StemError("expected the model's forward to reach the stem's convolution once per batch, it did not")
-    return inputs
-
-
-def _outputs(model: nn.Module, batches: list[Tensor]) -> Tensor | None:
-    """(N, classes) logits on the CPU; None where the model returns something else."""
-    parameter = next(model.parameters())
-    outputs = []
-    with _evaluating(model):
-        for batch in batches:
-            out = model(batch.to(parameter.device, parameter.dtype))
-            if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2:
-                return None
-            outputs.append(out.float().cpu())
-    return torch.cat(outputs)
-
-
-def _agreement(before: Tensor, after: Tensor) -> Agreement:
-    same = (before.argmax(dim=1) == after.argmax(dim=1)).double().mean().item()
-    kl = nn.functional.kl_div(
-        after.log_softmax(dim=1), before.log_softmax(dim=1), reduction="batchmean", log_target=True
-    ).item()
-    return Agreement(same, kl, len(before))

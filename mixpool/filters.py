@@ -184,7 +184,7 @@ def concentration(weight: Tensor, stride: int | Sequence[int], frequency: Tensor
 
 
 def dc_share(weight: Tensor) -> Tensor:
-    """(C,) energy at zero frequency over the peak energy, |W^(0)|^2 / max |W^|^2; differentiable; 0 for a zero filter."""
+    """(C,) energy at zero frequency over the peak energy, |W^(0)|^2 / max |W^|^2; differentiable; 0 for a zero W."""
     power = power_spectrum(weight)
     return power[:, 0, 0] / power.amax(dim=(1, 2)).clamp_min(torch.finfo(power.dtype).tiny)
 
@@ -229,7 +229,7 @@ def analytic_partner_map(direction: Tensor, kernel_size: int | Sequence[int]) ->
 
 
 def apply_partner_map(partner_map: Tensor, weight: Tensor) -> Tensor:
-    """(C, I, kH, kW) imaginary part: each channel's `partner_map` (C, k*k, k*k) applied to its weights; differentiable."""
+    """(C, I, kH, kW) imaginary part: each channel's map, (C, k*k, k*k), applied to its weights; differentiable."""
     return torch.einsum("cab,cib->cia", partner_map, weight.flatten(2)).reshape(weight.shape)
 
 

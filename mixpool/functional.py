@@ -62,7 +62,8 @@ def mixpool2d(
         pool_size, pool_stride, pool_padding, ceil_mode: as `nn.MaxPool2d`; the size is 2 or 3.
         blur, max_blur: 1 or 3.
     Returns:
-        (N, C_out, H_out, W_out), size as `nn.MaxPool2d` after `nn.Conv2d`, memory format of `x`, dtype of the convolution.
+        (N, C_out, H_out, W_out), size as `nn.MaxPool2d` after `nn.Conv2d`, memory format of `x`, dtype of the
+        convolution.
     Raises:
         ValueError: a size or an option does not fit; the message shows what was expected and what came.
     Reference: Leterme et al., From CNNs to Shift-Invariant Twin Models Based on Complex Wavelets, arXiv 2212.00394

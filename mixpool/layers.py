@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixpool.calibration import calibrate
 from mixpool.filters import analytic_partner_map, apply_partner_map, pair
 from mixpool.functional import check_pooling, memory_format_of, split_channels
 from mixpool.normalization import is_supported_norm, normalize_pooled, sign_of_scale, uses_batch_statistics
@@ -21,7 +22,7 @@ from mixpool.reference import (
     convolve_and_pool,
     without_autocast,
 )
-from mixpool.selection import Select, calibrate, make_plan
+from mixpool.selection import Select, make_plan
 
 # Activations that never decrease, so that they commute with a maximum.
 _INCREASING_ACTIVATIONS = (
@@ -284,8 +285,8 @@ def check_parts(conv: nn.Module, norm: nn.Module | None, act: nn.Module, pool: n
         raise ValueError(f"expected the convolution to be an nn.Conv2d, got {_describe(conv)}")
     if not isinstance(conv._parameters.get("weight"), nn.Parameter):
         raise ValueError(
-            "expected the convolution's weight to be a plain parameter, got one that is computed (weight norm, spectral "
-            "norm or pruning): make it permanent first"
+            "expected the convolution's weight to be a plain parameter, got one that is computed (weight norm, "
+            "spectral norm or pruning): make it permanent first"
         )
     if conv.groups != 1 or conv.padding_mode != "zeros":
         raise ValueError(f"expected groups=1 and zero padding, got {conv.groups=} and {conv.padding_mode=}")

@@ -47,7 +47,7 @@ class PoolGeometry(NamedTuple):
         return ((self.size[0] - 1) // 2, (self.size[1] - 1) // 2)
 
     def output_size(self, height: int, width: int) -> Pair:
-        """(height, width) after the max pool, by PyTorch's rule: the last window starts inside the input or its left padding."""
+        """(height, width) after the max pool; with ceil_mode the last window starts inside the input or its padding."""
         return tuple(
             _pooled_length(n, *axis, self.ceil_mode)
             for n, axis in zip((height, width), zip(self.size, self.stride, self.padding, strict=True), strict=True)
@@ -70,7 +70,7 @@ class Moments(NamedTuple):
 
 
 class Pooled(NamedTuple):
-    """What `convolve_and_pool` returns: each kind's pooled channels (None if it has none) and, if asked, its moments."""
+    """What `convolve_and_pool` returns: each kind's pooled channels, None if it has none, and its moments if asked."""
 
     max: Tensor | None
     modulus: Tensor | None
@@ -262,7 +262,7 @@ def real_moments(y: Tensor) -> Moments:
 
 
 def energy_moments(envelope: Tensor) -> Moments:
-    """Mean 0 and half the mean energy of each channel, differentiable: the variance of the real part of an analytic z."""
+    """Mean 0 and half the mean energy of each channel (the variance of an analytic z's real part), differentiable."""
     count = envelope.shape[0] * envelope.shape[2] * envelope.shape[3]
     if isinstance(count, int) and count == 0:
         return _no_moments(envelope)

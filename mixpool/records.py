@@ -1,0 +1,84 @@
+"""One result is one JSON object on one line: what was measured, on which machine, from which code."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+
+
+def stamp(kind: str, **fields: Any) -> dict[str, Any]:
+    """A record of some kind with the fields given, and the machine, the code, the time and the command."""
+    import mixpool
+
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        **fields,
+        "machine": machine(),
+        "code": {"version": mixpool.__version__, **_commit(Path(mixpool.__file__).parent)},
+        "time_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and the versions that a speed depends on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+    }
+
+
+def write(path: str | os.PathLike[str], records: list[dict[str, Any]]) -> None:
+    """Replace the file by these records, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+    partial.replace(path)
+
+
+def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The records of a file, in order; a broken line raises ValueError with its number."""
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"expected one JSON object per line, line {number} of {path} is broken: {error}") from None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit(folder: Path) -> dict[str, Any]:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": None if status is None else bool(status)}
