@@ -28,6 +28,8 @@ class FilterStats:
         bandwidth: (C,) rms distance of the half-plane energy from the centre frequency, radians per pixel.
         concentration: (C,) largest share of the half-plane energy inside a square of side pi / stride, in [0, 1].
         dc_share: (C,) energy at zero frequency over the peak energy, in [0, 1]; 1 for a low-pass filter.
+        slow_share: (C,) share of the filter's response to natural images that turns by less than a quarter of a
+            wave per step of the convolution, in [0, 1]; see `slow_share`.
         stride: pixels per step of the convolution, (y, x).
         kernel_size: (kH, kW).
     """
@@ -36,6 +38,7 @@ class FilterStats:
     bandwidth: Tensor
     concentration: Tensor
     dc_share: Tensor
+    slow_share: Tensor
     stride: tuple[int, int]
     kernel_size: tuple[int, int]
 
@@ -96,6 +99,7 @@ def analyze(conv_or_weight: nn.Module | Tensor, stride: int | Sequence[int] | No
         bandwidth=bandwidth(weight, frequency),
         concentration=concentration(weight, stride, frequency),
         dc_share=dc_share(weight),
+        slow_share=slow_share(weight, stride),
         stride=stride,
         kernel_size=tuple(weight.shape[-2:]),
     )
@@ -189,6 +193,28 @@ def dc_share(weight: Tensor) -> Tensor:
     return power[:, 0, 0] / power.amax(dim=(1, 2)).clamp_min(torch.finfo(power.dtype).tiny)
 
 
+def slow_share(weight: Tensor, stride: int | Sequence[int]) -> Tensor:
+    """(C,) share of a filter's response to natural images that hardly turns within a pooling window; differentiable.
+
+    The response's energy is S(xi) |W^(xi)|^2, with the prior S of natural images. From one step of the convolution to
+    the next its phase turns by stride * xi, of which only the remainder modulo 2 pi counts (aliasing). Where that is
+    less than pi / 2 a window of 3 does not see a whole half wave, and its maximum is not a modulus. So this one
+    number joins frequency, orientation, bandwidth and stride. 0 for a zero filter.
+    """
+    energy = power_spectrum(weight)
+    grid = frequency_grid(energy.shape[-1], energy.device, energy.dtype)
+    energy = energy * natural_image_prior(grid)
+    turn = grid * torch.tensor(pair(stride), device=grid.device, dtype=grid.dtype)
+    turn = ((turn + math.pi).remainder(2 * math.pi) - math.pi).norm(dim=-1)
+    slow = (energy * (turn < math.pi / 2)).sum(dim=(1, 2))
+    return slow / energy.sum(dim=(1, 2)).clamp_min(torch.finfo(energy.dtype).tiny)
+
+
+def natural_image_prior(grid: Tensor) -> Tensor:
+    """Power spectrum of natural images up to a factor, 1 / (|xi|^2 + 0.02^2), at frequencies (..., 2) in rad/px."""
+    return 1 / (grid.square().sum(dim=-1) + PRIOR_EPS**2)
+
+
 def analytic_partner_map(direction: Tensor, kernel_size: int | Sequence[int]) -> Tensor:
     """The linear map from a kernel W to its analytic partner V, for each direction of the frequency vector.
 
@@ -208,7 +234,7 @@ def analytic_partner_map(direction: Tensor, kernel_size: int | Sequence[int]) ->
     half_grid = grid[: PRIOR_SIZE // 2 + 1]
     weight_of_row = torch.full((len(half_grid), 1), 2.0, dtype=grid.dtype, device=grid.device)
     weight_of_row[0] = 1.0  # the row fy = 0 holds both members of each pair
-    prior = weight_of_row / (half_grid.square().sum(dim=-1) + PRIOR_EPS**2) / PRIOR_SIZE**2
+    prior = weight_of_row * natural_image_prior(half_grid) / PRIOR_SIZE**2
     side = torch.sign(half_grid @ direction.to(grid).T)  # (Gy, G, C)
 
     lag_y = torch.arange(1 - taps_y, taps_y, device=grid.device, dtype=grid.dtype)
@@ -271,7 +297,7 @@ def wrong_side_energy(weight: Tensor, weight_imag: Tensor, direction: Tensor) ->
     0 is perfectly analytic, 0.5 a real filter. Computed in float64 on the grid of the prior.
     """
     grid = frequency_grid(PRIOR_SIZE, weight.device)
-    prior = 1 / (grid.square().sum(dim=-1) + PRIOR_EPS**2)
+    prior = natural_image_prior(grid)
     spectrum = torch.fft.fft2(torch.complex(weight.double(), weight_imag.double()), s=(PRIOR_SIZE, PRIOR_SIZE))
     energy = spectrum.abs().square().sum(dim=1) * prior
     side = torch.einsum("yxd,cd->cyx", grid, direction.double())

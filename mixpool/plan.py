@@ -66,13 +66,17 @@ class ChannelPlan:
         return tuple(next(iter(values), None) for values in blurs)
 
     def __str__(self) -> str:
-        lines = [" ch  kind     step  angle  width  conc   dc   fid  reason"]
+        """A table: phase step (rad/step), orientation (degrees), slow share, relative bandwidth, concentration, dc."""
+        lines = [" ch  kind     step  angle  slow  width  conc   dc   fid  reason"]
         stats = self.stats
         for channel, (kind, reason) in enumerate(zip(self.kinds, self.reasons, strict=True)):
-            fidelity = "" if self.fidelity is None else f"{self.fidelity[channel]:.2f}"
-            lines.append(
-                f"{channel:3d}  {kind:<8} {stats.phase_step[channel]:4.2f}"
-                f"  {math.degrees(stats.orientation[channel]):5.1f}  {stats.relative_bandwidth[channel]:5.2f}"
-                f"  {stats.concentration[channel]:4.2f}  {stats.dc_share[channel]:4.2f}  {fidelity:>4}  {reason}"
+            fidelity = (
+                "" if self.fidelity is None or self.fidelity[channel].isnan() else f"{self.fidelity[channel]:.2f}"
             )
+            numbers = (
+                f"{stats.phase_step[channel]:4.2f}  {math.degrees(stats.orientation[channel]):5.1f}"
+                f"  {stats.slow_share[channel]:4.2f}  {stats.relative_bandwidth[channel]:5.2f}"
+                f"  {stats.concentration[channel]:4.2f}  {stats.dc_share[channel]:4.2f}"
+            )
+            lines.append(f"{channel:3d}  {kind:<8} {numbers}  {fidelity:>4}  {reason}")
         return "\n".join(lines)

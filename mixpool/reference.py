@@ -167,7 +167,9 @@ def binomial_decimate(out: Tensor, pool: PoolGeometry) -> Tensor:
 
     Reference: Zhang, Making Convolutional Networks Shift-Invariant Again, 2019, arXiv 1904.11486, section 3.2.
     """
-    out = F.pad(out, (1, 1, 1, 1), mode="reflect" if min(out.shape[-2:]) > 1 else "replicate")
+    height, width = out.shape[-2:]
+    out = F.pad(out, (0, 0, 1, 1), mode="reflect" if height > 1 else "replicate")
+    out = F.pad(out, (1, 1, 0, 0), mode="reflect" if width > 1 else "replicate")
     kernel = binomial_kernel((3, 3), out).expand(out.shape[1], 1, 3, 3)
     with without_autocast(out):
         return F.conv2d(out, kernel, stride=pool.stride, groups=out.shape[1])

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 Select = str | Sequence[bool] | Callable[[FilterStats], Sequence[bool]]
 
 # From the weights alone, in units of the convolution's stride.
-MIN_PHASE_STEP = 2.4  # radians of the filter's wave per step of the convolution: below, a window sees no whole wave
-MAX_RELATIVE_BANDWIDTH = 1.4  # rms width over pi / (2 stride): above, the envelope varies inside the window
-MIN_CONCENTRATION = 0.55  # share of the energy in the theory's square of side pi / stride
 MAX_DC_SHARE = 0.05  # a filter that sees the mean brightness is no band-pass filter
-# With images: candidates may be slower waves, and the measured correlation with max pooling decides.
-MIN_CANDIDATE_PHASE_STEP = 1.9
+MIN_PHASE_STEP = 2.0  # radians of the centre frequency's wave per step of the convolution
+MAX_SLOW_SHARE = 0.30  # of the response, what turns less than a quarter wave per step
+MAX_RELATIVE_BANDWIDTH = 1.5  # rms width over pi / (2 stride): above, the envelope varies inside the window
+MIN_CONCENTRATION = 0.5  # share of the energy in the theory's square of side pi / stride
+# With images the measured correlation with max pooling decides, among channels that need not be so clear a case.
+MAX_CANDIDATE_SLOW_SHARE = 0.50
 MIN_FIDELITY = 0.84
 
 
@@ -50,7 +51,7 @@ def make_plan(
         mask, reasons = select_by_filter(stats)
         if images is None:
             return _plan(mask, reasons, stats), None
-        candidates, reasons = select_by_filter(stats, MIN_CANDIDATE_PHASE_STEP)
+        candidates, reasons = select_by_filter(stats, MAX_CANDIDATE_SLOW_SHARE)
         fits = measure(stem, candidates.nonzero()[:, 0], stats, images)
         mask, reasons = select_by_fidelity(candidates, reasons, fits)
     else:
@@ -65,38 +66,28 @@ def make_plan(
     return _plan(mask, reasons, stats, fidelity), fits
 
 
-def select_by_filter(stats: FilterStats, min_phase_step: float = MIN_PHASE_STEP) -> tuple[Tensor, list[str]]:
+def select_by_filter(stats: FilterStats, max_slow_share: float = MAX_SLOW_SHARE) -> tuple[Tensor, list[str]]:
     """The automatic rule on weights alone: (C,) bool mask and a reason per channel.
 
     A channel takes the modulus if it is a band-pass filter whose wave turns fast enough from one step of the
-    convolution to the next, and whose energy lies close enough to its centre frequency. Low frequencies stay on max
-    pooling: there the modulus is another feature (spec: correlation with max pooling falls from 0.85 to 0.66).
+    convolution to the next, whichever way it is oriented, and whose energy lies close enough to its centre frequency.
+    Low frequencies stay on max pooling: there the modulus is another feature.
     """
     tests = [
-        (stats.dc_share > MAX_DC_SHARE, stats.dc_share, f"low-pass: dc share {{:.2f}} > {MAX_DC_SHARE}"),
-        (
-            effective_phase_step(stats) < min_phase_step,
-            effective_phase_step(stats),
-            f"low frequency: {{:.2f}} rad/step < {min_phase_step}",
-        ),
-        (
-            stats.relative_bandwidth > MAX_RELATIVE_BANDWIDTH,
-            stats.relative_bandwidth,
-            f"broad band: {{:.2f}} > {MAX_RELATIVE_BANDWIDTH}",
-        ),
-        (stats.concentration < MIN_CONCENTRATION, stats.concentration, f"spread out: {{:.2f}} < {MIN_CONCENTRATION}"),
+        ("low-pass, dc share", stats.dc_share, ">", MAX_DC_SHARE),
+        ("low frequency, rad/step", stats.phase_step, "<", MIN_PHASE_STEP),
+        ("slow wave, share", stats.slow_share, ">", max_slow_share),
+        ("broad band, width", stats.relative_bandwidth, ">", MAX_RELATIVE_BANDWIDTH),
+        ("scattered, concentration", stats.concentration, "<", MIN_CONCENTRATION),
     ]
     mask = torch.ones(len(stats), dtype=torch.bool)
-    reasons = [f"band-pass, {step:.2f} rad/step" for step in effective_phase_step(stats).tolist()]
-    for fails, values, message in tests:
+    reasons = [f"fast wave, slow share {share:.2f} <= {max_slow_share:.2f}" for share in stats.slow_share.tolist()]
+    for name, values, relation, limit in tests:
+        fails = values > limit if relation == ">" else values < limit
         for channel in (fails & mask).nonzero()[:, 0].tolist():
-            reasons[channel] = message.format(values[channel].item())
+            reasons[channel] = f"{name} {values[channel]:.2f} {relation} {limit:.2f}"
         mask &= ~fails
     return mask, reasons
-
-
-def effective_phase_step(stats: FilterStats) -> Tensor:
-    return stats.phase_step
 
 
 def select_by_fidelity(candidates: Tensor, reasons: list[str], fits: Fits) -> tuple[Tensor, list[str]]:

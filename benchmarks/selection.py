@@ -1,0 +1,145 @@
+"""Where the thresholds of select="auto" come from.
+
+    python -m benchmarks.selection          about 15 minutes on 2 cores; writes records/selection.jsonl
+
+1. Fidelity (correlation of the modulus with max pooling on photos, after the best affine map) of 288 Gabor filters
+   on a 7x7/2 stem, 288 on an 11x11/4 stem, and the 96 filters of SqueezeNet, against every number that FilterStats
+   reads from the weights: which of them predicts it, and where to cut.
+2. On SqueezeNet, zero-shot top-1 against the two cuts: the slow share (no images given) and the fidelity (100 photos).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from benchmarks.sample import RECORDS, difference_interval, logits, photos, shifted, split, squeezenet
+from mixpool import MixPoolStem, analyze, convert, records
+from mixpool.calibration import measure
+
+NUMBERS = ("slow_share", "phase_step", "relative_bandwidth", "concentration", "dc_share")
+
+
+def gabor(frequency: tuple[float, float], sigma: float, size: int, phase: float) -> Tensor:
+    """(size, size) Gabor filter without mean."""
+    tap = torch.arange(size) - (size - 1) / 2
+    y, x = torch.meshgrid(tap, tap, indexing="ij")
+    envelope = torch.exp(-(y**2 + x**2) / (2 * sigma**2))
+    wave = envelope * torch.cos(frequency[0] * y + frequency[1] * x + phase)
+    wave = wave - envelope * (wave.sum() / envelope.sum())
+    return wave / wave.norm()
+
+
+def gabor_stem(size: int, stride: int, padding: int, sigmas: tuple[float, ...], top_step: float) -> nn.Conv2d:
+    """A convolution of 288 gray Gabor filters: 12 phase steps x 8 orientations x 3 widths, phases 0 or pi/2."""
+    filters = []
+    for step in torch.linspace(1.0, top_step, 12).tolist():
+        for turn in range(8):
+            angle = math.pi * turn / 8
+            frequency = (step / stride * math.sin(angle), step / stride * math.cos(angle))
+            filters += [gabor(frequency, sigma, size, math.pi / 2 * ((turn // 2 + turn) % 2)) for sigma in sigmas]
+    conv = nn.Conv2d(3, len(filters), size, stride, padding)
+    conv.weight.data = torch.stack(filters)[:, None].repeat(1, 3, 1, 1) / 3
+    conv.bias.data.zero_()
+    return conv.eval()
+
+
+def fidelity_record(name: str, conv: nn.Conv2d, pool: nn.MaxPool2d, images: Tensor) -> dict:
+    """All filters of a convolution: what FilterStats says, what the photos say, and how both correlate."""
+    stats = analyze(conv)
+    stem = MixPoolStem(conv, None, nn.ReLU(), pool, select="none")
+    fidelity = measure(stem, torch.arange(len(stats)), stats, images).fidelity.double()
+    values = {number: getattr(stats, number) for number in NUMBERS}
+    band_pass = stats.dc_share < 0.05
+    correlations = {
+        number: torch.corrcoef(torch.stack([value[band_pass], fidelity[band_pass]]))[0, 1].item()
+        for number, value in values.items()
+    }
+    cuts = {}
+    for cut in (0.1, 0.2, 0.3, 0.4, 0.5):
+        kept = band_pass & (stats.slow_share <= cut)
+        cuts[str(cut)] = {
+            "channels": int(kept.sum()),
+            "mean_fidelity": fidelity[kept].mean().item() if kept.any() else None,
+            "tenth_percentile": fidelity[kept].quantile(0.1).item() if kept.any() else None,
+            "mean_fidelity_of_others": fidelity[band_pass & ~kept].mean().item(),
+        }
+    print(f"{name}: correlation with fidelity " + ", ".join(f"{k} {v:+.2f}" for k, v in correlations.items()))
+    rounded = {number: [round(v, 4) for v in value.tolist()] for number, value in values.items()}
+    return records.stamp(
+        "selection_fidelity",
+        filters=name,
+        num_images=len(images),
+        correlation_with_fidelity=correlations,
+        slow_share_cuts=cuts,
+        fidelity=[round(v, 4) for v in fidelity.tolist()],
+        **rounded,
+    )
+
+
+def zero_shot_record(cut: str, value: float, seeds: tuple[int, ...], images: Tensor, labels: Tensor) -> dict:
+    """Top-1 of SqueezeNet on the 400 photos that calibrated nothing, for one cut, over several splits."""
+    all_images = shifted(images)
+    stock = squeezenet()
+    right_of_stock = logits(stock, all_images).argmax(dim=1) == labels
+    counts, drops, lows, highs = [], [], [], []
+    for seed in seeds:
+        calibration, others = split(seed)
+        model = squeezenet()
+        if cut == "slow_share":
+            report = convert(model, select=lambda stats: (stats.dc_share <= 0.05) & (stats.slow_share <= value))
+        else:
+            fidelity = FIDELITIES[seed]
+            report = convert(model, select=(fidelity >= value).tolist(), images=all_images[calibration])
+        right = logits(model, all_images[others]).argmax(dim=1) == labels[others]
+        low, high = difference_interval(right, right_of_stock[others])
+        counts.append(report.num_modulus)
+        drops.append((right.double().mean() - right_of_stock[others].double().mean()).item() * 100)
+        lows.append(low)
+        highs.append(high)
+    record = records.stamp(
+        "selection_zero_shot",
+        model="squeezenet1_0",
+        cut=cut,
+        value=value,
+        seeds=list(seeds),
+        num_images=400,
+        channels=counts,
+        top1_change=drops,
+        mean_top1_change=sum(drops) / len(drops),
+        ci95=[[a, b] for a, b in zip(lows, highs, strict=True)],
+    )
+    print(f"{cut} {value:.2f}: channels {counts}, top-1 change " + ", ".join(f"{d:+.1f}" for d in drops))
+    return record
+
+
+FIDELITIES: dict[int, Tensor] = {}
+
+
+def main() -> None:
+    images, labels = photos()
+    some = images[split(0)[0]][:60]
+    conv = squeezenet().features[0]
+    results = [
+        fidelity_record("gabor 7x7/2", gabor_stem(7, 2, 3, (1.1, 1.5, 2.0), 5.8), nn.MaxPool2d(3, 2, 1), some),
+        fidelity_record("gabor 11x11/4", gabor_stem(11, 4, 2, (1.5, 2.2, 3.0), 7.0), nn.MaxPool2d(3, 2), some),
+        fidelity_record("squeezenet1_0", conv, nn.MaxPool2d(3, 2, ceil_mode=True), shifted(some)),
+    ]
+    seeds = (0, 1, 2, 3)
+    stats = analyze(conv)
+    stem = MixPoolStem(conv, None, nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), select="none")
+    for seed in seeds:
+        calibration = shifted(images[split(seed)[0]])
+        FIDELITIES[seed] = measure(stem, torch.arange(96), stats, calibration).fidelity
+    for value in track((0.78, 0.80, 0.82, 0.84, 0.86), "fidelity"):
+        results.append(zero_shot_record("fidelity", value, seeds, images, labels))
+    for value in track((0.1, 0.2, 0.3, 0.4, 0.5), "slow share"):
+        results.append(zero_shot_record("slow_share", value, seeds[:1], images, labels))
+    records.write(RECORDS / "selection.jsonl", results)
+
+
+if __name__ == "__main__":
+    main()

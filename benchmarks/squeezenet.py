@@ -1,0 +1,91 @@
+"""The main claim: converting a real pretrained classifier, with 100 photos and the default settings.
+
+    python -m benchmarks.squeezenet         about 10 minutes; writes records/squeezenet.jsonl
+
+For several splits: `convert(model, images=<100 photos>)`; on the other 400 photos the top-1 of both models, how much
+the swapped channels' output changes under a 1-pixel shift (rms change / std) with max pooling and with the modulus,
+and flips and KL of the whole model at 1, 2 and 4 pixels to the right and along the diagonal. Also without images.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor, nn
+
+from benchmarks.sample import RECORDS, difference_interval, logits, photos, shifted, split, squeezenet
+from mixpool import convert, records
+
+SHIFTS = {"h1": (0, 1), "d1": (1, 1), "h2": (0, 2), "d2": (2, 2), "h4": (0, 4), "d4": (4, 4)}
+
+
+@torch.no_grad()
+def relative_change(stem: nn.Module, images: Tensor, channels: Tensor, dx: int = 1) -> Tensor:
+    """(channels,) rms change of the stem's output under a horizontal shift, divided by the output's std."""
+    squared = total = square = 0.0
+    count = 0
+    for batch in images.split(50):
+        here, there = (stem(shifted(batch, 0, d))[:, channels].double() for d in (0, dx))
+        squared = squared + (there - here).square().sum(dim=(0, 2, 3))
+        total = total + here.sum(dim=(0, 2, 3))
+        square = square + here.square().sum(dim=(0, 2, 3))
+        count += here.numel() // here.shape[1]
+    std = (square / count - (total / count).square()).sqrt()
+    return (squared / count).sqrt() / std
+
+
+def stability(reference: Tensor, moved: Tensor) -> dict[str, float]:
+    """Flips in percent and mean KL in nats between the outputs before and after a shift."""
+    flips = (reference.argmax(dim=1) != moved.argmax(dim=1)).double().mean().item() * 100
+    kl = F.kl_div(moved.log_softmax(1), reference.log_softmax(1), reduction="batchmean", log_target=True).item()
+    return {"flips": flips, "kl": kl}
+
+
+def main() -> None:
+    images, labels = photos()
+    stock = squeezenet()
+    stock_logits = {name: logits(stock, shifted(images, *s)) for name, s in {"0": (0, 0), **SHIFTS}.items()}
+    results = []
+    for seed, with_images in track([(0, True), (1, True), (2, True), (3, True), (0, False)], "splits"):
+        calibration, others = split(seed)
+        model = squeezenet()
+        report = convert(model, images=shifted(images[calibration]) if with_images else None)
+        swapped = torch.tensor(report.plan.is_modulus).nonzero()[:, 0]
+        before = relative_change(stock.features[:3], images[others], swapped)
+        after = relative_change(model.features[:3], images[others], swapped)
+        outputs = {name: logits(model, shifted(images[others], *s)) for name, s in {"0": (0, 0), **SHIFTS}.items()}
+        right = outputs["0"].argmax(dim=1) == labels[others]
+        right_of_stock = stock_logits["0"][others].argmax(dim=1) == labels[others]
+        record = records.stamp(
+            "conversion",
+            model="squeezenet1_0",
+            seed=seed,
+            calibration_images=len(calibration) if with_images else 0,
+            num_images=len(others),
+            channels=len(report.kinds),
+            num_modulus=report.num_modulus,
+            top1={"stock": right_of_stock.double().mean().item() * 100, "mixpool": right.double().mean().item() * 100},
+            top1_change_ci95=difference_interval(right, right_of_stock),
+            agreement=(outputs["0"].argmax(1) == stock_logits["0"][others].argmax(1)).double().mean().item() * 100,
+            stem_change_1px={"max": before.mean().item(), "modulus": after.mean().item()},
+            stem_change_fall=1 - (after.mean() / before.mean()).item(),
+            shifts={
+                name: {
+                    "stock": stability(stock_logits["0"][others], stock_logits[name][others]),
+                    "mixpool": stability(outputs["0"], outputs[name]),
+                }
+                for name in SHIFTS
+            },
+        )
+        results.append(record)
+        print(
+            f"seed {seed}, {record['calibration_images']} photos: {report.num_modulus} channels, top-1 "
+            f"{record['top1']['stock']:.2f} -> {record['top1']['mixpool']:.2f}, stem change "
+            f"{before.mean():.3f} -> {after.mean():.3f}"
+        )
+    records.write(RECORDS / "squeezenet.jsonl", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Fixtures of all tests: fixed seed, few threads, NaN in fresh memory, and the way to the optional shared folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("MIXPOOL_SHARED", REPOSITORY.parent / "shared"))
+
+torch.set_num_threads(2)
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in every test, whatever ran before; another seed tells noise from a bug."""
+    torch.manual_seed(int(os.environ.get("MIXPOOL_TEST_SEED", "0")))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what mixpool allocates with NaN, so that an output that is not written cannot pass."""
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return out
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.split(".")[0] == "mixpool" and isinstance(out, Tensor) and out.is_floating_point():
+                with torch.no_grad():
+                    out.fill_(float("nan"))
+            return out
+
+        return wrapper
+
+    for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (Tensor, ("new_empty",))):
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The optional folder with data beside the repository; the test is skipped without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared folder, not found at {SHARED} (set MIXPOOL_SHARED)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def shared_data(shared: Path) -> Path:
+    """shared/data; the test is skipped without it."""
+    if not (shared / "data").is_dir():
+        pytest.skip(f"needs {shared / 'data'}")
+    return shared / "data"
