@@ -124,8 +124,8 @@ def check_pooling(pool: PoolGeometry, blur: int, max_blur: int) -> None:
     """Raise ValueError for a pooling that this package does not define."""
     if not set(pool.size) <= {2, 3}:
         raise ValueError(f"expected a pooling window of 2 or 3, got {pool.size}")
-    if any(2 * padding > size for padding, size in zip(pool.padding, pool.size, strict=True)):
-        raise ValueError(f"expected a pooling padding of at most half the window {pool.size}, got {pool.padding}")
+    if any(not 0 <= 2 * padding <= size for padding, size in zip(pool.padding, pool.size, strict=True)):
+        raise ValueError(f"expected a pooling padding from 0 to half the window {pool.size}, got {pool.padding}")
     if min(pool.stride) < 1:
         raise ValueError(f"expected a positive pooling stride, got {pool.stride}")
     for name, value in {"blur": blur, "max_blur": max_blur}.items():

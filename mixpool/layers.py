@@ -288,6 +288,8 @@ def check_parts(conv: nn.Module, norm: nn.Module | None, act: nn.Module, pool: n
             "expected the convolution's weight to be a plain parameter, got one that is computed (weight norm, "
             "spectral norm or pruning): make it permanent first"
         )
+    if conv.weight.is_meta:
+        raise ValueError("expected the convolution's weights to exist, got a meta tensor: load weights first")
     if conv.groups != 1 or conv.padding_mode != "zeros":
         raise ValueError(f"expected groups=1 and zero padding, got {conv.groups=} and {conv.padding_mode=}")
     if conv.padding == "same":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixpool.calibration import Fits, measure
 from mixpool.filters import FilterStats, analyze
-from mixpool.plan import ChannelPlan
+from mixpool.plan import KINDS, ChannelPlan
 
 if TYPE_CHECKING:
     from mixpool.layers import MixPoolStem
@@ -38,7 +38,8 @@ def make_plan(
     """Decide the kind of every channel of a stem; with images, also measure the channels that may be swapped.
 
     Args:
-        select: "auto", "all", "none", a sequence of C_out booleans, or a function of FilterStats that returns one.
+        select: "auto", "all", "none", a sequence of C_out booleans (or kinds, as in `plan.kinds`), or a function of
+            FilterStats that returns one.
         stem: the stem, with its parts in place and no plan yet.
         images: batches of the stem's input; see MixPoolStem.
     Returns:
@@ -112,6 +113,7 @@ def _explicit_mask(select: Select, stats: FilterStats) -> tuple[Tensor, list[str
     origin = "select(stats)" if callable(select) else "given"
     values = select(stats) if callable(select) else select
     values = values.tolist() if isinstance(values, Tensor) else list(values)
+    values = [KINDS.index(value) if isinstance(value, str) and value in KINDS else value for value in values]
     if len(values) != count or any(value not in (0, 1) for value in values):
         raise ValueError(
             f"expected {count} booleans from select, one per output channel, got {len(values)}: {values!r:.200}"

@@ -89,8 +89,8 @@ def definition(
 ) -> np.ndarray:
     """The operation of the specification, written as loops over output positions in float64; nothing of mixpool.
 
-        max      [binomial decimation of]  max over the window of act(a conv(x; W) + b)
-        modulus  act(|a| lowpass over the window of |conv(x; W + iV)| + b)      with b = a * bias + shift
+    max      [binomial decimation of]  max over the window of act(a conv(x; W) + b)
+    modulus  act(|a| lowpass over the window of |conv(x; W + iV)| + b)      with b = a * bias + shift
     """
     x, weight = _array(x), _array(weight)
     channels = len(weight)

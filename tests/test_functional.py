@@ -19,9 +19,7 @@ from mixpool import analytic_partner, mixpool2d
 from mixpool.functional import memory_format_of
 
 
-def random_problem(
-    plan=MIXED, size=(17, 14), images=2, kernel=(5, 4), dtype=torch.float64, in_channels=3, **geometry
-):
+def random_problem(plan=MIXED, size=(17, 14), images=2, kernel=(5, 4), dtype=torch.float64, in_channels=3, **geometry):
     """(x, weight) and the keywords of `mixpool2d`, without act: every optional tensor given, both signs of scale and 0."""
     channels = len(plan)
     x = torch.randn(images, in_channels, *size, dtype=torch.float64)
@@ -76,10 +74,14 @@ def test_row_by_hand():
     assert_close("max, scale -1, shift 4", row(False, -1.0, 4.0), torch.tensor([4, 4]))
     assert_close("max, scale 0", row(False, 0.0, 4.0), torch.tensor([4, 4]))
     assert_close("max, relu", row(False, 1.0, -4.0), torch.tensor([0, 1]))
-    assert_close("BlurPool", row(False, max_blur=3), torch.tensor([4, 5]))  # maxima 3 5 5, reflected: (6+10)/4, (10+10)/4
+    assert_close(
+        "BlurPool", row(False, max_blur=3), torch.tensor([4, 5])
+    )  # maxima 3 5 5, reflected: (6+10)/4, (10+10)/4
     assert_close("modulus, centres", row(True, blur=1), torch.tensor([3, 13]))
     assert_close("modulus", row(True), torch.tensor([10 / 3, 10]).double(), (1e-6, 0))  # (2 3 + 4)/3, (4 + 2 13)/3
-    assert_close("modulus, scale -2, shift -7", row(True, -2.0, -7.0), torch.tensor([0, 13]))  # |a|: relu(20/3 - 7), 20-7
+    assert_close(
+        "modulus, scale -2, shift -7", row(True, -2.0, -7.0), torch.tensor([0, 13])
+    )  # |a|: relu(20/3 - 7), 20-7
 
 
 # --- against the definition -------------------------------------------------------------------------------------------
@@ -129,7 +131,8 @@ def cases(draw) -> Case:
     smallest = [  # that leaves a map on which one window fits
         max(1, dilation * (taps - 1) + 1 + stride * (max(1, window - 2 * pool_padding) - 1) - 2 * padding)
         for taps, stride, padding, dilation, window, pool_padding in zip(
-            kernel, *(geometry[k] for k in ("conv_stride", "conv_padding", "conv_dilation", "pool_size", "pool_padding"))
+            kernel,
+            *(geometry[k] for k in ("conv_stride", "conv_padding", "conv_dilation", "pool_size", "pool_padding")),
         )
     ]
     size = tuple(draw(st.integers(least, least + 11)) for least in smallest)
@@ -190,7 +193,9 @@ def test_positions_outside_the_map_count_for_nothing():
 def test_numbers_stand_for_pairs_and_defaults_are_those_of_the_signature():
     x, weight = torch.randn(1, 2, 20, 20), torch.randn(2, 2, 3, 3)
     options = {"is_modulus": [True, False], "weight_imag": torch.randn_like(weight)}
-    pairs = mixpool2d(x, weight, **options, conv_stride=(2, 2), conv_padding=(1, 1), pool_padding=(1, 1), pool_size=(2, 2))
+    pairs = mixpool2d(
+        x, weight, **options, conv_stride=(2, 2), conv_padding=(1, 1), pool_padding=(1, 1), pool_size=(2, 2)
+    )
     numbers = mixpool2d(x, weight, **options, conv_stride=2, conv_padding=1, pool_padding=1, pool_size=2)
     assert_close("numbers", numbers, pairs, (0, 0))
     assert_close("defaults", mixpool2d(x, weight, **options), definition(x, weight, **options))

@@ -1,0 +1,24 @@
+"""All measurements of this package one after the other, then the tables: `python -m benchmarks.run [NAME ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from benchmarks import tables
+
+NAMES = ("models", "partner", "selection", "squeezenet", "speed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], default=NAMES, help="default: all")
+    for name in parser.parse_args().names:
+        print(f"== {name}")
+        importlib.import_module(f"benchmarks.{name}").main()
+    for page in tables.PAGES:
+        page.write_text(tables.filled(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()

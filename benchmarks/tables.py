@@ -1,0 +1,177 @@
+"""Make the tables in the READMEs from the records; `--check` only says whether they are up to date.
+
+python -m benchmarks.tables [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.sample import RECORDS
+from mixpool import records
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine_line(record: dict) -> str:
+    machine, code = record["machine"], record["code"]
+    dirty = " with uncommitted changes" if code["dirty"] else ""
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}; "
+        f"commit {code['commit']}{dirty}, `{record['command']}`, {record['time_utc'][:10]}."
+    )
+
+
+def read(name: str) -> list[dict]:
+    return list(records.read(RECORDS / f"{name}.jsonl"))
+
+
+def conversion() -> str:
+    rows = []
+    for record in read("squeezenet"):
+        low, high = record["top1_change_ci95"]
+        change = record["stem_change_1px"]
+        given = (
+            f"{record['calibration_images']} photos, split {record['seed']}" if record["calibration_images"] else "none"
+        )
+        rows.append(
+            [
+                given,
+                f"{record['num_modulus']} of {record['channels']}",
+                f"{record['top1']['stock']:.1f} -> {record['top1']['mixpool']:.1f} ({low:+.1f} to {high:+.1f})",
+                f"{record['agreement']:.1f}",
+                f"{change['max']:.3f} -> {change['modulus']:.3f} (-{record['stem_change_fall']:.0%})",
+            ]
+        )
+    header = ["images given", "modulus channels", "top-1 % (95 % interval of the change)", "same class %"]
+    return table([*header, "stem change at 1 px"], rows) + "\n\n" + machine_line(read("squeezenet")[0])
+
+
+def shifts() -> str:
+    calibrated = [r for r in read("squeezenet") if r["calibration_images"]]
+    rows = []
+    for name in calibrated[0]["shifts"]:
+        cells = [name]
+        for quantity, form in (("flips", "{:.1f}"), ("kl", "{:.4f}")):
+            for model in ("stock", "mixpool"):
+                cells.append(form.format(mean(r["shifts"][name][model][quantity] for r in calibrated)))
+        rows.append(cells)
+    header = ["shift", "flips % stock", "flips % mixpool", "KL stock", "KL mixpool"]
+    return table(header, rows)
+
+
+def speed() -> str:
+    rows = []
+    found = read("speed")
+    for record in (r for r in found if r["layout"] == "NCHW"):
+        cells = [record["provider"], f"{record['params']['num_modulus']} of {record['params']['C_out']}"]
+        for layout in ("NCHW", "channels_last"):
+            same = next(r for r in found if r["layout"] == layout and r["provider"] == record["provider"])
+            ratio = same["ratio_to_stock"]
+            cells.append(f"{same['ms']['p50']:.0f}")
+            cells.append(f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})")
+        rows.append(cells)
+    header = [
+        "stem",
+        "modulus channels",
+        "NCHW ms",
+        "NCHW, times stock",
+        "channels_last ms",
+        "channels_last, times stock",
+    ]
+    return table(header, rows) + "\n\n" + machine_line(found[0])
+
+
+def partner() -> str:
+    rows = []
+    for record in read("partner"):
+        means, wrong = record["correlation_with_rmax"], record["wrong_side_energy_median"]
+        rows.append(
+            [
+                record["partner"],
+                str(record["blur"]),
+                f"{means['above_1.2']:.3f} / {means['up_to_1.2']:.3f}",
+                f"{wrong['above_1.2']:.4f} / {wrong['up_to_1.2']:.4f}",
+            ]
+        )
+    header = ["partner", "blur", "correlation with RMax, above / up to 1.2 rad/px", "wrong-side energy (median)"]
+    return table(header, rows) + "\n\n" + machine_line(read("partner")[0])
+
+
+def fidelity() -> str:
+    rows = []
+    for record in (r for r in read("selection") if r["kind"] == "selection_fidelity"):
+        correlations = record["correlation_with_fidelity"]
+        rows.append([record["filters"], *(f"{correlations[name]:+.2f}" for name in correlations)])
+    first = next(r for r in read("selection") if r["kind"] == "selection_fidelity")
+    return table(["filters", *first["correlation_with_fidelity"]], rows) + "\n\n" + machine_line(first)
+
+
+def cuts() -> str:
+    rows = []
+    for record in (r for r in read("selection") if r["kind"] == "selection_zero_shot"):
+        rows.append(
+            [
+                "fidelity at least" if record["cut"] == "fidelity" else "slow share at most, no images",
+                f"{record['value']:.2f}",
+                ", ".join(map(str, record["channels"])),
+                f"{record['mean_top1_change']:+.2f}",
+                ", ".join(f"{change:+.1f}" for change in record["top1_change"]),
+            ]
+        )
+    return table(["cut", "value", "channels (of 96) per split", "mean top-1 change", "per split"], rows)
+
+
+def models() -> str:
+    record = read("models")[0]
+    rows = [[tier, str(count)] for tier, count in record["counts"].items()]
+    total = sum(record["counts"].values())
+    return (
+        table(["tier of the census", "models"], rows)
+        + f"\n\nBit-equal in evaluation: {record['eval_bit_equal']} of {total}; after revert: "
+        f"{record['revert_bit_equal']} of {total}; in training the stem's largest difference is "
+        f"{record['train_max_difference_over_std']:.1e} of its output's std.\n\n{machine_line(record)}"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (conversion, shifts, speed, partner, fidelity, cuts, models)
+}
+
+
+def filled(text: str) -> str:
+    """The page with every `<!-- table:NAME -->` block made anew."""
+
+    def fill(match: re.Match) -> str:
+        return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- /table -->"
+
+    return re.sub(r"<!-- table:(\w+) -->.*?<!-- /table -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    check = parser.parse_args().check
+    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
+    for page in stale:
+        if check:
+            print(f"out of date: {page.relative_to(ROOT)}; run python -m benchmarks.tables", file=sys.stderr)
+        else:
+            page.write_text(filled(page.read_text()))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
