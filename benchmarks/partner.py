@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.sample import RECORDS, photos, shifted, squeezenet
-from mixpool import analytic_partner, analyze, hilbert_partner, records
+from mixpool import analytic_partner, analyze, filters, hilbert_partner, records
 from mixpool.filters import wrong_side_energy
 from mixpool.reference import ConvGeometry, PoolGeometry, centers_are_inside, lowpass_pool, max_pool, modulus
 
@@ -29,6 +29,16 @@ def padded(weight: Tensor, size: int) -> Tensor:
     return F.pad(weight, (margin,) * 4)
 
 
+def partner_by_image_prior(weight: Tensor, direction: Tensor) -> Tensor:
+    """The partner fitted under the images' own prior instead of the steeper one."""
+    steeper = filters.partner_prior
+    filters.partner_prior = filters.natural_image_prior
+    try:
+        return analytic_partner(weight, direction)
+    finally:
+        filters.partner_prior = steeper
+
+
 @torch.no_grad()
 def main() -> None:
     images = shifted(photos()[0])
@@ -37,6 +47,7 @@ def main() -> None:
     direction = stats.center_frequency
     partners = {
         "prior-weighted 7x7": (weight, analytic_partner(weight, direction)),
+        "prior-weighted 7x7, prior 1/(xi^2 + 0.02^2)": (weight, partner_by_image_prior(weight, direction)),
         "cropped Hilbert 7x7": (weight, hilbert_partner(weight, direction)),
         "prior-weighted 9x9": (padded(weight, 9), analytic_partner(padded(weight, 9), direction)),
         "cropped Hilbert 31x31": (padded(weight, 31), hilbert_partner(padded(weight, 31), direction)),

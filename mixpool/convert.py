@@ -115,6 +115,7 @@ def convert(
         )
         notes += _swap(model, found, mixed, undo)
         after = None if before is None else outputs_of(model, batches)
+        agreement = None if before is None or after is None else agreement_of(before, after)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -125,7 +126,7 @@ def convert(
         blur=mixed.blur,
         max_blur=mixed.max_blur,
         imag=mixed.imag,
-        agreement=None if before is None or after is None else agreement_of(before, after),
+        agreement=agreement,
         notes=tuple(notes),
     )
 

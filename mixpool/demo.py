@@ -15,7 +15,7 @@ from mixpool.find import FoundStem, find_stem
 from mixpool.gabor import gabor_bank
 from mixpool.layers import BlurPoolStem, CModStem, MixPoolStem
 from mixpool.report import ConversionReport
-from mixpool.stability import change_curve, shifted_crop
+from mixpool.stability import relative_change, shifted_crop
 
 SIZE = 224  # pixels, side of the crops that the stems see
 SHIFTS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -91,14 +91,21 @@ def run_demo(model: nn.Module, *, gabor: bool, track=lambda steps, total: steps)
     parts = copy.deepcopy(_parts(found))
     report = convert(model)
     if report.num_modulus == 0:
-        raise ValueError("no channel of this model's stem is a band-pass filter fast enough to swap: untrained weights?")
+        raise ValueError(
+            "no channel of this model's stem is a band-pass filter fast enough to swap: untrained weights?"
+        )
     stems = _stems(parts, report, model.get_submodule(found.conv))
 
     changes: dict[str, list[Tensor]] = {name: [] for name in POOLINGS}
-    steps = [(name, shift) for name in POOLINGS for shift in SHIFTS]
+    steps = [(name, shift) for name in POOLINGS for shift in (0, *SHIFTS)]
     for name, shift in track(steps, len(steps)):
-        changes[name].append(change_curve(stems[name], images, SIZE, [shift]))
-    curves = {name: torch.cat(parts) for name, parts in changes.items()}
+        with torch.no_grad():
+            out = stems[name](shifted_crop(images, SIZE, shift))
+        if shift == 0:
+            before = out
+        else:
+            changes[name].append(relative_change(before, out))
+    curves = {name: torch.stack(values) for name, values in changes.items()}
 
     image = images[names.index(PICTURE_PHOTO)][None]
     with torch.no_grad():

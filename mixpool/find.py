@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,15 @@ _IDEMPOTENT = {F.relu, torch.relu, torch.relu_, F.relu_, F.relu6, "relu", "relu_
 _CONVOLUTIONS = {F.conv2d, torch.conv2d}
 _MAX_POOLS = {F.max_pool2d, torch.max_pool2d}
 _BLURS = {"BlurPool2d"}
+# How a check of shapes comes out that the input passes.
+_CHECKS = {
+    operator.eq: True,
+    operator.ge: True,
+    operator.le: True,
+    operator.ne: False,
+    operator.lt: False,
+    operator.gt: False,
+}
 _OPAQUE_PACKAGES = ("torch.nn.", "torch.ao.", "torchvision.ops.")
 
 
@@ -89,6 +99,11 @@ class _Tracer(fx.Tracer):
             or not any(module.children())
             and _is_layer(module)
         )
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Let checks of the input's shape pass: `if x.shape[1] != 3: raise`, `assert x.ndim == 4`."""
+        verdict = _CHECKS.get(obj.node.target)
+        return super().to_bool(obj) if verdict is None else verdict
 
 
 def _is_layer(module: nn.Module) -> bool:

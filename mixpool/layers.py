@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,7 +51,7 @@ class MixPoolStem(nn.Module):
         modulus channels  act(|a| binomial mean over the window of |conv(x; W + iV)| + b)
 
     The module owns the convolution's own `weight` and `bias` (the same Parameters) and the norm layer as its child
-    `bn`. Its new state is the buffer `plan`, (C_out, 2) int16: the kind of each channel with its blur, and the
+    `bn`. Its new state is the buffer `plan`, (C_out, 2) int32: the kind of each channel with its blur, and the
     direction of its frequency in 0.01 degree, on which V depends; and the buffer `calibration`, (C_out, 2): the gain
     and the offset that `calibrate` folded into the parameters (1 and 0 if none).
 
@@ -107,7 +109,7 @@ class MixPoolStem(nn.Module):
         check_pooling(self._pool, blur, max_blur)
 
         self.weight, self.bias = conv.weight, conv.bias
-        self.bn, self.act = norm, act
+        self.bn, self.act = norm, _without_hooks(act)
         self.training = conv.training
         self.stock: Any = None  # checkpoint.StockParts, set by convert
         self.before_calibration: dict[str, tuple[Tensor, Tensor]] | None = None  # see selection.stock_values
@@ -117,7 +119,7 @@ class MixPoolStem(nn.Module):
         identity = torch.tensor([[1.0, 0.0]], device=self.weight.device, dtype=self.weight.dtype)
         self.register_buffer("calibration", identity.repeat(self.out_channels, 1))
         if imag == "free":
-            self.register_parameter("weight_imag", nn.Parameter(torch.zeros_like(self.weight)))
+            self.weight_imag = nn.Parameter(torch.zeros_like(self.weight), requires_grad=self.weight.requires_grad)
         self._adopt_plan()
         if imag == "free":
             self._start_free_partner(self.weight)
@@ -310,6 +312,14 @@ def check_parts(conv: nn.Module, norm: nn.Module | None, act: nn.Module, pool: n
         raise ValueError(f"expected the pooling to be an nn.MaxPool2d, got {_describe(pool)}")
     if pair(pool.dilation) != (1, 1) or pool.return_indices:
         raise ValueError(f"expected a max pool with dilation=1 and return_indices=False, got {pool}")
+
+
+def _without_hooks(act: nn.Module) -> nn.Module:
+    """A copy of an activation that runs no hooks: the stem calls it on parts of its output."""
+    act = copy.copy(act)
+    for name in [name for name in vars(act) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))]:
+        setattr(act, name, OrderedDict())
+    return act
 
 
 def _describe(module: nn.Module) -> str:

@@ -98,7 +98,7 @@ def normalize_pooled(
         scale = scale if weight is None else scale * weight
         offset = shift if center is None else (-center * scale if shift is None else shift - center * scale)
         parts.append(affine(part, scale, offset))
-    if norm.training and norm.track_running_stats and norm.running_mean is not None:
+    if uses_batch_statistics(norm) and norm.track_running_stats and norm.running_mean is not None:
         _update_running_statistics(norm, max_moments, modulus_moments, sign, channels)
     return tuple(parts)
 

@@ -40,16 +40,17 @@ class ChannelPlan:
         return sum(self.is_modulus)
 
     def encode(self, blur: int, max_blur: int) -> Tensor:
-        """(C, 2) int16, the form in which a checkpoint keeps the plan.
+        """(C, 2) int32, the form in which a checkpoint keeps the plan.
 
         Column 0: 0 max, 1 modulus, plus 2 if that kind is blurred. Column 1: direction of the frequency vector in
-        units of 0.01 degree, in [-18000, 18000]; integers survive .half(), EMA and every file format.
+        units of 0.01 degree, in [-18000, 18000]; integers survive .half(), EMA and every file format (int16 would
+        be enough, but gloo and nccl cannot broadcast it).
         """
         blurred = {"max": max_blur == 3, "modulus": blur == 3}
         code = [KINDS.index(kind) + 2 * blurred[kind] for kind in self.kinds]
         angle = torch.atan2(self.stats.center_frequency[:, 0], self.stats.center_frequency[:, 1])
         direction = (angle * (18000 / math.pi)).round()
-        return torch.stack([torch.tensor(code, dtype=torch.float64), direction], dim=1).to(torch.int16)
+        return torch.stack([torch.tensor(code, dtype=torch.float64), direction], dim=1).to(torch.int32)
 
     @staticmethod
     def decode_direction(encoded: Tensor) -> Tensor:

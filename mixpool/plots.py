@@ -28,6 +28,7 @@ MAX_COLOR = "#D55E00"
 OTHER_COLORS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 MUTED = "#5A5A5A"
 TEXT = {"color": "#222222"}
+DEMO_WIDTH, DEMO_HEIGHT = 10.0, 4.8  # inches
 
 
 # --- the filter bank --------------------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def plot_filter_bank(weight: Tensor, report: ConversionReport | ChannelPlan) -> 
     columns = math.ceil(math.sqrt(len(weight)))
     rows = math.ceil(len(weight) / columns)
     figure = _figure(10.0, 5.0)
-    figure.text(0.025, 0.95, "Filters of the stem, each at its own contrast", size=12, weight="bold", **TEXT)
+    figure.text(0.025, 0.95, "Filters of the stem; blue frame: modulus pooling", size=12, weight="bold", **TEXT)
     figure.text(0.555, 0.95, "Where they lie in the frequency plane", size=12, weight="bold", **TEXT)
     bank = figure.add_axes((0.025, 0.04, 0.47, 0.88))
     _draw_bank(bank, weight, plan.is_modulus, rows, columns)
@@ -138,53 +139,53 @@ def plot_demo(
     Args:
         photo: (3, H, W) in [0, 1].
         kernel: (I, kH, kW) complex kernel W + iV of the channel that is shown.
-        maps: for the first two poolings of `curves`' spelling, (map of the photo, map of the photo moved by one pixel),
-            each (H_out, W_out); drawn in this order, the last one in the modulus's colour.
+        maps: two poolings, max pooling first: name -> (map of the photo, map of the photo moved by one pixel), each
+            (H_out, W_out).
         curves: pooling -> change at each shift; "mixpool" is drawn strongest.
         shifts: pixels, one per value of a curve.
         title, subtitle: lines on top.
         channel: number of the channel that is shown.
         num_swapped: how many channels the curves average over.
     """
-    figure = _figure(10.0, 5.05)
-    figure.text(0.018, 0.945, title, size=14.5, weight="bold", va="center", **TEXT)
-    figure.text(0.018, 0.893, subtitle, size=9, va="center", color=MUTED)
-
+    figure = _figure(DEMO_WIDTH, DEMO_HEIGHT)
+    for text, y, style in (
+        (title, DEMO_HEIGHT - 0.28, {"size": 13.5, "weight": "bold", **TEXT}),
+        (subtitle, DEMO_HEIGHT - 0.58, {"size": 9, "color": MUTED}),
+    ):
+        figure.text(0.02, y / DEMO_HEIGHT, text, va="center", **style)
     _draw_input(figure, photo, kernel, channel)
     _draw_maps(figure, maps)
-    _draw_curves(figure.add_axes((0.742, 0.125, 0.243, 0.635)), curves, shifts, num_swapped)
+    _draw_curves(_axes(figure, 7.50, 0.52, 2.35, 2.93), curves, shifts, num_swapped)
     return figure
 
 
 def _draw_input(figure: Figure, photo: Tensor, kernel: Tensor, channel: int) -> None:
-    axes = _image_axes(figure, 0.018, 0.435, 0.187)
+    axes = _image_axes(figure, 0.20, 1.80, 1.93)
     axes.imshow(photo.permute(1, 2, 0).numpy(), interpolation="bilinear")
     axes.set_title("photo", size=10, pad=4, **TEXT)
     parts = _tiles(torch.stack([kernel.real, kernel.imag]))
-    for left, tile, name in ((0.018, parts[0], "W"), (0.117, parts[1], "V")):
-        axes = _image_axes(figure, left, 0.125, 0.088)
+    for left, tile, name in ((0.20, parts[0], "W"), (1.19, parts[1], "V")):
+        axes = _image_axes(figure, left, 0.52, 0.94)
         axes.imshow(tile, interpolation="nearest")
         axes.set_xlabel(name, size=10, style="italic", labelpad=3, **TEXT)
-    figure.text(0.018, 0.355, f"filter {channel}: W + iV", size=10, va="center", **TEXT)
+    figure.text(0.02, 1.58 / DEMO_HEIGHT, f"filter {channel}: W + iV", size=10, va="center", **TEXT)
 
 
 def _draw_maps(figure: Figure, maps: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    side, gap, left = 0.137, 0.009, 0.258
-    bottoms = (0.475, 0.105)
-    top = max(float(map_.max()) for pair in maps.values() for map_ in pair)
+    side, step, left = 1.46, 1.52, 2.55
+    bottoms = (2.27, 0.52)
     for (name, (before, after)), bottom, color in zip(maps.items(), bottoms, (MAX_COLOR, MODULUS_COLOR), strict=True):
-        difference = (after - before).abs()
+        # One scale per pooling: a mean is smaller than a maximum, and the change is counted in the map's own spread.
+        low, top = (float(torch.quantile(before, share)) for share in (0.02, 0.995))
         change = float((after - before).square().mean().sqrt() / before.std(correction=0))
-        for i, map_ in enumerate((before, after, difference)):
-            axes = _image_axes(figure, left + i * (side + gap), bottom, side, color if i == 2 else "#BBBBBB")
-            axes.imshow(map_.numpy(), cmap="gray", vmin=0, vmax=top, interpolation="nearest")
+        for i, map_ in enumerate((before - low, after - low, (after - before).abs())):
+            axes = _image_axes(figure, left + i * step, bottom, side, color if i == 2 else "#BBBBBB")
+            axes.imshow(map_.numpy(), cmap="magma", vmin=0, vmax=top - low, interpolation="nearest")
             if bottom == bottoms[0]:
-                axes.set_title(("as it is", "moved by 1 px", "|difference|")[i], size=10, pad=4, **TEXT)
+                axes.set_title(("photo as it is", "moved by 1 px", "|difference|")[i], size=10, pad=4, **TEXT)
         axes.set_xlabel(f"change {change:.2f}", size=9.5, weight="bold", color=color, labelpad=3)
-        middle = bottom + side * _aspect(figure) / 2
-        figure.text(
-            left - 0.012, middle, name, rotation=90, ha="center", va="center", size=11, weight="bold", color=color
-        )
+        style = {"rotation": 90, "ha": "center", "va": "center", "size": 11, "weight": "bold"}
+        figure.text((left - 0.14) / DEMO_WIDTH, (bottom + side / 2) / DEMO_HEIGHT, name, color=color, **style)
 
 
 def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[float]], shifts: Sequence[int], num_swapped: int) -> None:
@@ -206,8 +207,8 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[float]], shifts: Sequ
         )
     axes.set(xlim=(0, max(shifts) + 0.15), ylim=(0, None), xticks=[0, *shifts])
     axes.set_xlabel("shift (px)", size=9.5, labelpad=2)
-    axes.set_title(f"change of the stem's output, {num_swapped} channels", size=10, pad=18, x=0.45, **TEXT)
-    axes.text(0.45, 1.025, "rms change / std, all photos", transform=axes.transAxes, ha="center", size=8.5, color=MUTED)
+    axes.set_title(f"change, mean of {num_swapped} channels", size=10, pad=18, **TEXT)
+    axes.text(0.5, 1.025, "rms change / std, all photos", transform=axes.transAxes, ha="center", size=8.5, color=MUTED)
     axes.tick_params(labelsize=8.5, length=2, color=MUTED)
     axes.grid(axis="y", color="#E4E4E4", lw=0.7)
     axes.set_axisbelow(True)
@@ -252,14 +253,15 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _aspect(figure: Figure) -> float:
-    width, height = figure.get_size_inches()
-    return width / height
+def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes placed in inches."""
+    total_width, total_height = figure.get_size_inches()
+    return figure.add_axes((left / total_width, bottom / total_height, width / total_width, height / total_height))
 
 
 def _image_axes(figure: Figure, left: float, bottom: float, side: float, frame: str = "#BBBBBB") -> Axes:
-    """Square axes without ticks; `side` in units of the figure's width."""
-    axes = figure.add_axes((left, bottom, side, side * _aspect(figure)))
+    """Square axes without ticks, in inches."""
+    axes = _axes(figure, left, bottom, side, side)
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(edgecolor=frame, linewidth=1.0)

@@ -15,6 +15,8 @@ def batches_of(images: Tensor | Iterable[Tensor], channels: int | None = None) -
     """Yield (N, C, H, W) float batches of at most 32 from a tensor, a list of images or batches, or a data loader."""
     if isinstance(images, Tensor):
         images = images.split(32) if images.ndim == 4 else [images]
+    if not isinstance(images, Iterable):
+        raise ValueError(f"expected images as a float tensor (N, C, H, W) or an iterable of such, got {images!r}")
     for item in images:
         batch = item[0] if isinstance(item, (tuple, list)) and len(item) > 0 else item
         if isinstance(batch, Tensor) and batch.ndim == 3:
@@ -26,6 +28,8 @@ def batches_of(images: Tensor | Iterable[Tensor], channels: int | None = None) -
             raise ValueError(
                 f"expected normalised images as float tensors (N, {wanted}, H, W), or an iterable of such, got {got}"
             )
+        if not torch.isfinite(batch).all():
+            raise ValueError("expected finite images, got NaN or infinity among them")
         yield from batch.split(32)
 
 

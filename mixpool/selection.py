@@ -112,6 +112,9 @@ def _explicit_mask(select: Select, stats: FilterStats) -> tuple[Tensor, list[str
         return torch.full((count,), select == "all"), [f'select="{select}"'] * count
     origin = "select(stats)" if callable(select) else "given"
     values = select(stats) if callable(select) else select
+    if not isinstance(values, Iterable):
+        what = f"a function that returned {values!r}" if callable(select) else repr(select)
+        raise ValueError(f'expected select to be "auto", "all", "none", booleans or a function of them, got {what}')
     values = values.tolist() if isinstance(values, Tensor) else list(values)
     values = [KINDS.index(value) if isinstance(value, str) and value in KINDS else value for value in values]
     if len(values) != count or any(value not in (0, 1) for value in values):

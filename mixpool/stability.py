@@ -67,7 +67,7 @@ def relative_change(before: Tensor, after: Tensor, border: int = BORDER) -> Tens
     if min(before.shape[-2:]) <= 2 * border:
         raise ValueError(f"expected maps larger than twice the border of {border}, got {tuple(before.shape)}")
     inside = (..., slice(border, before.shape[-2] - border), slice(border, before.shape[-1] - border))
-    before, after = before[inside].double(), after[inside].double()
+    before, after = before[inside].float(), after[inside].float()
     change = (after - before).square().mean(dim=(0, 2, 3)).sqrt()
     spread = before.var(dim=(0, 2, 3), correction=0).sqrt()
     return torch.where(spread > 0, change / spread, torch.nan)
@@ -82,7 +82,7 @@ def change_curve(
     direction: str = "horizontal",
     border: int = BORDER,
 ) -> Tensor:
-    """The change of each channel at each shift, (len(shifts), C) float64; see the top of this file.
+    """The change of each channel at each shift, (len(shifts), C) float32; see the top of this file.
 
     Args:
         stem: from images to feature maps, (N, C, H_out, W_out); put modules into evaluation mode first.

@@ -6,10 +6,14 @@ Legend: N images, C channels, (H, W) of the tensor at hand, K kernel side, a and
 from __future__ import annotations
 
 import math
+import pickle
+import socket
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.multiprocessing
 from torch import Tensor, nn
 
 # (absolute, relative), for values of order 1. A looser local value needs a "because".
@@ -242,6 +246,69 @@ def stem_parts(
             norm_layer.running_mean.copy_(random(channels) / 3)
             norm_layer.running_var.copy_(random(channels).square() + 0.3)
     return conv, norm_layer, nn.ReLU(), nn.MaxPool2d(3, 2, 1) if pool is None else pool
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+# Here and not in the test files, so that the processes need not import those and their libraries.
+
+
+def run_on_two_processes(worker: Callable, *arguments) -> list[dict[str, Tensor]]:
+    """What `worker(rank, *arguments)` returns on each of two gloo processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    running = torch.multiprocessing.spawn(_process, (port, worker, arguments, results), nprocs=2, join=False)
+    by_rank = dict(pickle.loads(results.get()) for _ in range(2)) if _both_answer(running, results) else {}
+    running.join()
+    return [by_rank[rank] for rank in (0, 1)]
+
+
+def _both_answer(running, results) -> bool:
+    """Wait for both answers, but raise what a process raised instead of waiting for ever."""
+    while results.empty():
+        if running.join(timeout=0.1):
+            return not results.empty()
+    return True
+
+
+def _process(rank: int, port: int, worker: Callable, arguments: tuple, results) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", module="mixpool")
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        answer = worker(rank, *arguments)
+        results.put(pickle.dumps((rank, {name: tensor.detach() for name, tensor in answer.items()})))
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def two_training_steps(stem: nn.Module, batches: list[Tensor], upstreams: list[Tensor]) -> dict[str, Tensor]:
+    """Outputs and summed gradients of two steps, and the state after them."""
+    answer = {}
+    for step, (x, upstream) in enumerate(zip(batches, upstreams)):
+        x = x.clone().requires_grad_()
+        out = stem(x)
+        out.backward(upstream)
+        answer |= {f"out {step}": out, f"grad x {step}": x.grad}
+    answer |= {f"grad {name}": p.grad for name, p in stem.named_parameters()}
+    return answer | {name: buffer.clone() for name, buffer in stem.bn.named_buffers()}
+
+
+def sync_batch_norm_worker(rank, stem, batches, upstreams, splits):
+    rows = [slice(None, split) if rank == 0 else slice(split, None) for split in splits]
+    parts = [[tensor[row] for tensor, row in zip(tensors, rows)] for tensors in (batches, upstreams)]
+    return two_training_steps(stem.train(), *parts)
+
+
+def data_parallel_worker(rank, stems, x, upstream):
+    """Gradients of each stem under DDP, half of the batch on each process."""
+    rows = slice(0, 2) if rank == 0 else slice(2, 4)
+    for stem in stems.values():
+        nn.parallel.DistributedDataParallel(stem)(x[rows]).backward(upstream[rows])
+    return {f"{kind}: {name}": p.grad for kind, stem in stems.items() for name, p in stem.named_parameters()}
 
 
 # --- filters ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from mixpool.functional import memory_format_of
 
 
 def random_problem(plan=MIXED, size=(17, 14), images=2, kernel=(5, 4), dtype=torch.float64, in_channels=3, **geometry):
-    """(x, weight) and the keywords of `mixpool2d`, without act: every optional tensor given, both signs of scale and 0."""
+    """(x, weight) and the keywords of `mixpool2d`, without act: all optional tensors, scales of both signs and 0."""
     channels = len(plan)
     x = torch.randn(images, in_channels, *size, dtype=torch.float64)
     weight, weight_imag = torch.randn(2, channels, in_channels, *kernel, dtype=torch.float64)
@@ -57,7 +57,7 @@ def test_ramp_by_hand():
 
 
 def test_row_by_hand():
-    """Rows 3 0 0 4 5 12, kernel [1 0] + i [0 1] at stride 2 along x: z = 3, 4i, 5 + 12i."""
+    """Rows 3 0 0 4 5 12, kernel [1 0] + i [0 1] at stride 2 along x: z = 3, 4i, 5 + 12i; the modulus takes |scale|."""
     x = torch.tensor([3.0, 0, 0, 4, 5, 12], dtype=torch.float64).expand(1, 1, 6, 6)
     weight, weight_imag = torch.tensor([[[[1.0, 0]]], [[[0, 1.0]]]], dtype=torch.float64).split(1)
     geometry = {"conv_stride": (1, 2), "pool_padding": 1}
@@ -74,14 +74,10 @@ def test_row_by_hand():
     assert_close("max, scale -1, shift 4", row(False, -1.0, 4.0), torch.tensor([4, 4]))
     assert_close("max, scale 0", row(False, 0.0, 4.0), torch.tensor([4, 4]))
     assert_close("max, relu", row(False, 1.0, -4.0), torch.tensor([0, 1]))
-    assert_close(
-        "BlurPool", row(False, max_blur=3), torch.tensor([4, 5])
-    )  # maxima 3 5 5, reflected: (6+10)/4, (10+10)/4
+    assert_close("BlurPool", row(False, max_blur=3), torch.tensor([4, 5]))  # maxima 3 5 5: (6+10)/4, (10+10)/4
     assert_close("modulus, centres", row(True, blur=1), torch.tensor([3, 13]))
     assert_close("modulus", row(True), torch.tensor([10 / 3, 10]).double(), (1e-6, 0))  # (2 3 + 4)/3, (4 + 2 13)/3
-    assert_close(
-        "modulus, scale -2, shift -7", row(True, -2.0, -7.0), torch.tensor([0, 13])
-    )  # |a|: relu(20/3 - 7), 20-7
+    assert_close("modulus, scale -2, shift -7", row(True, -2.0, -7.0), torch.tensor([0, 13]))
 
 
 # --- against the definition -------------------------------------------------------------------------------------------
@@ -389,7 +385,7 @@ ERRORS = {
     "scale": (lambda a: a.update(scale=torch.randn(2, 1)), r"expected scale of shape \(2,\), got \(2, 1\)"),
     "shift": (lambda a: a.update(shift=torch.tensor(1.0)), r"expected shift of shape \(2,\), got \(\)"),
     "window of 4": (lambda a: a.update(pool_size=4), r"expected a pooling window of 2 or 3, got \(4, 4\)"),
-    "padding": (lambda a: a.update(pool_padding=2), "expected a pooling padding of at most half the window"),
+    "padding": (lambda a: a.update(pool_padding=2), "expected a pooling padding from 0 to half the window"),
     "negative padding": (lambda a: a.update(pool_padding=-1), "expected a pooling padding"),
     "pooling stride": (lambda a: a.update(pool_stride=0), "expected a positive pooling stride"),
     "triple": (lambda a: a.update(conv_stride=(1, 2, 3)), "expected one integer or a pair of them, got"),

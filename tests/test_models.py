@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import os
 from pathlib import Path
 
 import pytest
@@ -58,18 +57,9 @@ STEMS = {
 MODELS = {model: stem for stem, models in STEMS.items() for model in models.split()}
 HUGE = ("timm/resnext101_32x16d", "timm/resnext101_32x32d")  # 194 and 469 million parameters
 # One or two of each family: the backward pass of a mixed plan runs through the whole model.
-TRAINED = """timm/resnet18 timm/legacy_seresnet18 timm/dpn68 timm/halonet_h1 timm/resnetblur18 timm/res2next50 timm/skresnet18 timm/densenet121
-    torchvision/resnet18 torchvision/densenet121 torchvision/googlenet torchvision/squeezenet1_0
-    torchvision/squeezenet1_1 torchvision/shufflenet_v2_x0_5""".split()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Many small layers: a second thread costs more than it gives, above all where processes share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+TRAINED = """timm/resnet18 timm/legacy_seresnet18 timm/dpn68 timm/halonet_h1 timm/resnetblur18 timm/res2next50
+    timm/skresnet18 timm/densenet121 torchvision/resnet18 torchvision/densenet121 torchvision/googlenet
+    torchvision/squeezenet1_0 torchvision/squeezenet1_1 torchvision/shufflenet_v2_x0_5""".split()
 
 
 def build(name: str) -> nn.Module:
@@ -88,12 +78,9 @@ def stock_stem(model: nn.Module, names: str) -> nn.Sequential:
     return nn.Sequential(*parts)
 
 
-def test_the_table_is_the_census():
+def test_the_table_is_the_census(shared_data: Path):
     """All models of the tiers A and A3 (one convolution, then a max pool) and D (BlurPool) are in the table."""
-    shared = Path(os.environ.get("MIXPOOL_SHARED", Path(__file__).parents[2] / "shared"))
-    if not (shared / "data" / "stems.csv").is_file():
-        pytest.skip("the census stems.csv is not here")
-    with open(shared / "data" / "stems.csv", newline="") as file:
+    with open(shared_data / "stems.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["tier"].split(":")[0] in ("A", "A3", "D")]
     assert sorted(MODELS) == sorted(f"{row['source']}/{row['model']}" for row in rows)
     assert sum(not row["tier"].startswith("D") for row in rows) == 77
@@ -101,7 +88,6 @@ def test_the_table_is_the_census():
 
 @pytest.mark.parametrize("name", [pytest.param(m, marks=pytest.mark.slow) if m in HUGE else m for m in MODELS])
 def test_convert_and_revert(name: str):
-    torch.manual_seed(0)
     model, names = build(name), MODELS[name]
     conv_name = names.split(" -> ")[0]
     conv = model.get_submodule(conv_name)
@@ -145,7 +131,6 @@ def test_convert_and_revert(name: str):
 @pytest.mark.parametrize("name", TRAINED)
 def test_mixed_plan(name: str):
     """Half of the channels by the modulus: sizes stay, every parameter learns, revert returns to the stock model."""
-    torch.manual_seed(0)
     model, names = build(name), MODELS[name]
     conv_name = names.split(" -> ")[0]
     size = (256, 256) if "halonet" in name else (64, 80)

@@ -114,9 +114,7 @@ def test_lowpass_pool_keeps_a_constant(pool, size):
 
 
 def test_lowpass_pool_by_hand():
-    envelope = torch.arange(36, dtype=torch.float64).reshape(
-        1, 1, 6, 6
-    )  # 6 i + j: a mean's value is at its mean (i, j)
+    envelope = torch.arange(36, dtype=torch.float64).reshape(1, 1, 6, 6)  # 6 i + j
     at = torch.tensor([1 / 3, 2.0, 4.0], dtype=torch.float64)  # rows {0, 1} weigh 2 : 1, then {1, 2, 3}, {3, 4, 5}
     out = lowpass_pool(envelope, STEM_POOLS["3/2/1"])
     assert_close("padding 1", out[0, 0], 6 * at[:, None] + at)
@@ -143,7 +141,7 @@ def test_binomial_decimate_of_a_map_one_position_wide_reflects_along_the_other_a
 
 
 def test_dense_max_pool_decimates_to_the_max_pool():
-    """Every stride-th value of the stride-1 maxima is the ordinary max pool, also where windows hang over the border."""
+    """Every stride-th value of the stride-1 maxima is the max pool, also where windows hang over the border."""
     for pool in STEM_POOLS.values():
         for size in ((6, 7), (7, 6), (9, 8)):
             y = torch.randn(2, 3, *size)
@@ -159,9 +157,7 @@ def test_dense_max_pool_decimates_to_the_max_pool():
 
 def test_which_geometries_have_their_centers_inside():
     assert [name for name, pool in STEM_POOLS.items() if centers_are_inside(pool)] == list(STEM_POOLS)
-    assert not centers_are_inside(
-        PoolGeometry((3, 3), (2, 2), (1, 1), True)
-    )  # the last window may hold only its first row
+    assert not centers_are_inside(PoolGeometry((3, 3), (2, 2), (1, 1), True))  # the last centre may hang over
     assert not centers_are_inside(PoolGeometry((2, 2), (2, 2), (1, 1)))  # the first window's upper left is padding
     assert not centers_are_inside(PoolGeometry((3, 2), (2, 2), (1, 1)))
 

@@ -1,0 +1,438 @@
+"""The command `mixpool`: demo, inspect, convert. It parses, calls and prints; the work is in the other modules.
+
+The heavy imports are inside the commands, so that `--help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mixpool
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mixpool.data import Photos
+    from mixpool.filters import FilterStats
+    from mixpool.report import ConversionReport
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a user's error (one line on stderr), 130 for Ctrl-C."""
+    try:
+        options = _parser().parse_args(arguments)
+        options.run(options)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("mixpool: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has gone: without this, Python complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (ValueError, OSError) as error:
+        if options.traceback:
+            raise
+        print(f"mixpool: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def run_demo_command(options: argparse.Namespace) -> None:
+    if options.pretrained and options.model is None:
+        raise ValueError(
+            "--pretrained needs --model NAME: the demo's own model holds a filter bank, not trained weights"
+        )
+    folder = _writable_folder(options.output)
+
+    from mixpool.data import demo_photos
+    from mixpool.demo import POOLINGS, SHIFTS, SIZE, run_demo
+    from mixpool.loading import create_model
+    from mixpool.plots import plot_demo, save_figure
+
+    demo_photos(8)  # before anything slow: are they there?
+    name = options.model or "resnet18"
+    weights = "pretrained weights" if options.pretrained else "a Gabor filter bank"
+    model = create_model(name, pretrained=options.pretrained)
+    print(f"{name}, {weights} in its stem")
+    result = run_demo(model, gabor=not options.pretrained, track=_progress("moving the photos"))
+    print("\n".join(str(result.report).splitlines()[:2]))
+    print()
+    print(
+        f"Change of the stem's output when {result.num_photos} photos move by some pixels to the side\n"
+        f"(rms change / standard deviation, mean over channels, {SIZE} px crops; less is steadier)\n"
+    )
+    print(result.table())
+
+    curves = {pooling: result.mean_change(pooling) for pooling in POOLINGS}
+    figure = plot_demo(
+        result.photo,
+        result.kernel,
+        result.maps,
+        curves,
+        SHIFTS,
+        title=_headline(curves["mixpool"][0], curves["max pooling"][0]),
+        subtitle=(
+            f"The stem of {name} with {weights}: {result.report.num_modulus} of {len(result.report.kinds)} channels on "
+            f"modulus pooling. {result.num_photos} photos. The maps show one ordinary channel."
+        ),
+        channel=result.channel,
+        num_swapped=result.report.num_modulus,
+    )
+    print(f"\npicture: {save_figure(figure, folder / 'demo.png', colors=256)}")
+
+
+def run_inspect_command(options: argparse.Namespace) -> None:
+    model, report, photos = _load_and_convert(options)
+    if options.plot is not None:
+        from mixpool.checkpoint import converted_stems, stock_state_dict
+        from mixpool.plots import plot_filter_bank, save_figure
+
+        (name,) = converted_stems(model)
+        weight = stock_state_dict(model)[f"{name}.weight"]  # as it was before any calibration
+        plot = save_figure(plot_filter_bank(weight, report), options.plot)
+    if options.json:
+        print(json.dumps(report_as_dict(report, options, photos), indent=2, allow_nan=False))
+    else:
+        print(report)
+    if options.plot is not None:
+        print(f"picture: {plot}", file=sys.stderr if options.json else sys.stdout)
+
+
+def run_convert_command(options: argparse.Namespace) -> None:
+    output = Path(options.output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"expected --output to be named *.safetensors, got {output}")
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f"expected --output to be a file in an existing folder, got {output}")
+    if output.exists():
+        if options.checkpoint is not None and output.samefile(_existing(options.checkpoint)):
+            raise ValueError(f"--output is the checkpoint itself: {output}")
+        if not options.force:
+            raise ValueError(f"{output} exists; give --force to overwrite it")
+    model, report, _ = _load_and_convert(options)
+    print(report)
+    metadata = {
+        "model": options.model,
+        "blur": str(report.blur),
+        "max_blur": str(report.max_blur),
+        "imag": report.imag,
+        "select": options.select,
+        "stem": options.stem or "",
+        "num_modulus": str(report.num_modulus),
+        "mixpool_version": mixpool.__version__,
+    }
+    write_safetensors(model, output, metadata)
+    print(
+        f"\nwrote {output}\n"
+        "to use it: build the stock model, mixpool.convert(model"
+        + (', imag="free"' if report.imag == "free" else "")
+        + f'), model.load_state_dict(safetensors.torch.load_file("{output}"))'
+    )
+
+
+# --- steps of the commands --------------------------------------------------------------------------------------------
+
+
+def _load_and_convert(options: argparse.Namespace) -> tuple[nn.Module, ConversionReport, Photos | None]:
+    """The model named by the options with its weights, converted; with --images also measured and calibrated."""
+    if options.checkpoint is not None and options.pretrained:
+        raise ValueError("expected --pretrained or --checkpoint, got both")
+    select = parse_select(options.select)
+    # What can be checked in no time is, before anything that takes seconds.
+    for path in (options.checkpoint, options.images):
+        if path is not None:
+            _existing(path)
+
+    from mixpool.convert import convert
+    from mixpool.data import load_images, normalize
+    from mixpool.loading import create_model, input_settings, load_checkpoint
+
+    model = create_model(options.model, pretrained=options.pretrained, num_classes=options.num_classes)
+    if options.checkpoint is not None:
+        load_checkpoint(model, options.checkpoint)
+    elif not options.pretrained:
+        print("mixpool: note: random weights; give --checkpoint FILE or --pretrained for trained ones", file=sys.stderr)
+    photos, images = None, None
+    if options.images is not None:
+        settings = input_settings(model)
+        photos = load_images(options.images, settings.size, options.limit or None, crop_ratio=settings.crop_ratio)
+        print(f"mixpool: {len(photos.names)} of {photos.num_found} images in {options.images}", file=sys.stderr)
+        for name, reason in photos.failed:
+            print(f"mixpool: warning: cannot read {name}: {reason}", file=sys.stderr)
+        if photos.failed:
+            print(f"mixpool: warning: {len(photos.failed)} image(s) left out", file=sys.stderr)
+        images = _batches(normalize(photos.images, settings.mean, settings.std))
+    report = convert(
+        model,
+        select=select,
+        blur=options.blur,
+        max_blur=options.max_blur,
+        imag=options.imag,
+        images=images,
+        stem=options.stem,
+    )
+    return model, report, photos
+
+
+def parse_select(text: str) -> str | Callable[[FilterStats], list[bool]]:
+    """`auto`, `all`, `none`, or channel numbers such as `0,4,10-15`, as an argument for `convert`."""
+    if text in ("auto", "all", "none"):
+        return text
+    channels: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last.isdecimal() if dash else True):
+            raise ValueError(f"expected --select auto, all, none or channel numbers such as 0,4,10-15, got {text!r}")
+        channels.update(range(int(first), int(last if dash else first) + 1))
+
+    def mask(stats: FilterStats) -> list[bool]:
+        if max(channels, default=-1) >= len(stats):
+            raise ValueError(f"expected --select to name channels 0 to {len(stats) - 1}, got {max(channels)}")
+        return [channel in channels for channel in range(len(stats))]
+
+    return mask
+
+
+def report_as_dict(report: ConversionReport, options: argparse.Namespace, photos: Photos | None) -> dict[str, Any]:
+    """The report as plain values; what was not measured is None."""
+    plan, stats = report.plan, report.plan.stats
+    columns = {
+        "center_frequency": stats.center_frequency.tolist(),
+        "phase_step": stats.phase_step.tolist(),
+        "orientation_degrees": (stats.orientation * (180 / math.pi)).tolist(),
+        "slow_share": stats.slow_share.tolist(),
+        "bandwidth": stats.bandwidth.tolist(),
+        "relative_bandwidth": stats.relative_bandwidth.tolist(),
+        "concentration": stats.concentration.tolist(),
+        "dc_share": stats.dc_share.tolist(),
+        "fidelity": [None] * len(plan.kinds)
+        if plan.fidelity is None
+        else [None if math.isnan(value) else value for value in plan.fidelity.tolist()],
+    }
+    channels = [
+        {"channel": i, "kind": kind, "reason": reason, **{name: column[i] for name, column in columns.items()}}
+        for i, (kind, reason) in enumerate(zip(plan.kinds, plan.reasons, strict=True))
+    ]
+    agreement = report.agreement
+    return {
+        "mixpool_version": mixpool.__version__,
+        "model": options.model,
+        "checkpoint": options.checkpoint,
+        "pretrained": options.pretrained,
+        "stem": report.stem,
+        "select": options.select,
+        "blur": report.blur,
+        "max_blur": report.max_blur,
+        "imag": report.imag,
+        "num_channels": len(plan.kinds),
+        "num_modulus": report.num_modulus,
+        "agreement": None
+        if agreement is None
+        else {"top1": agreement.top1, "kl": agreement.kl, "num_images": agreement.num_images},
+        "images": None
+        if photos is None
+        else {"used": len(photos.names), "found": photos.num_found, "failed": dict(photos.failed)},
+        "notes": list(report.notes),
+        "channels": channels,
+    }
+
+
+def write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    """Write a model's state, all or nothing: into a file beside `path`, which then takes its name."""
+    from safetensors.torch import save_file
+
+    # Clones, since tensors that share memory (tied weights) are refused.
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(state, unfinished, metadata=metadata)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _headline(ours: float, stock: float) -> str:
+    """The picture's title, from its numbers."""
+    relation = "less" if ours <= stock else "more"
+    percent = abs(1 - ours / stock)
+    return f"Move the photo by one pixel: these features change {percent:.0%} {relation} than under max pooling"
+
+
+def _batches(images: Tensor, size: int = 32) -> list[Tensor]:
+    return list(images.split(size))
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    return Path(path)
+
+
+def _writable_folder(name: str) -> Path:
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"expected --output to be a folder, {folder} is a file") from None
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write into {folder}")
+    return folder
+
+
+def _progress(description: str) -> Callable[[Iterable, int], Iterator]:
+    """A progress bar on stderr; silent where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+
+    def wrap(steps: Iterable, total: int) -> Iterator:
+        return track(steps, description, total, console=console, transient=True, disable=not console.is_terminal)
+
+    return wrap
+
+
+# --- the parser -------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line, as all other errors."""
+        self.exit(EXIT_USER_ERROR, f"mixpool: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = _Parser(
+        prog="mixpool",
+        description="Stems of convolutional networks whose channels pool by the maximum or by the modulus.",
+        epilog="examples:\n"
+        "  mixpool demo\n"
+        "  mixpool inspect resnet18.a1_in1k --pretrained --plot filters.png\n"
+        "  mixpool inspect squeezenet1_0 --checkpoint weights.safetensors --images photos/\n"
+        "  mixpool convert resnet18 --checkpoint stock.pth --output mixed.safetensors\n"
+        "exit codes: 0 done, 2 an error of yours in one line on stderr, 130 interrupted",
+        **common,
+    )
+    parser.add_argument("--version", action="version", version=f"mixpool {mixpool.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    demo = commands.add_parser(
+        "demo",
+        help="show on photos how much less a stem's output moves; needs no download",
+        description="Move photos pixel by pixel under a stem with max pooling, BlurPool, plain CMod and mixpool;\n"
+        "print how much its output changes, and draw one picture. About 20 seconds; needs no download.",
+        epilog="examples:\n  mixpool demo\n  mixpool demo --output docs\n"
+        "  mixpool demo --model resnet50.a1_in1k --pretrained",
+        **common,
+    )
+    demo.add_argument("--output", metavar="DIR", default="outputs", help="folder for demo.png (default: %(default)s)")
+    demo.add_argument("--model", metavar="NAME", help="a timm or torchvision model instead of the resnet18")
+    demo.add_argument("--pretrained", action="store_true", help="with --model: its trained weights, downloaded")
+    demo.set_defaults(run=run_demo_command)
+
+    shared = _shared_options()
+    inspect = commands.add_parser(
+        "inspect",
+        parents=[shared],
+        help="which channels of a model's stem would be swapped, and why",
+        description="Convert a model in memory and print the plan: for each channel its kind, its numbers, the reason.\n"
+        "With --images also how well the modulus stands in for max pooling (fid: their correlation)\n"
+        "and how often the converted model still says the same. Nothing is written but the plot.",
+        epilog="examples:\n"
+        "  mixpool inspect resnet18.a1_in1k --pretrained --plot filters.png\n"
+        "  mixpool inspect squeezenet1_0 --checkpoint weights.safetensors --images photos/ --limit 200\n"
+        "  mixpool inspect torchvision/resnet18 --checkpoint stock.pth --select 0,4,10-15 --json",
+        **common,
+    )
+    inspect.add_argument("--plot", metavar="FILE", help="write a picture of the filter bank (.png, .pdf, .svg)")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    inspect.set_defaults(run=run_inspect_command)
+
+    convert = commands.add_parser(
+        "convert",
+        parents=[shared],
+        help="convert a checkpoint and write it as safetensors",
+        description="Load a model, convert its stem, print the report and write the converted state.\n"
+        "With --images the swapped channels are calibrated on them, which you want before fine-tuning.",
+        epilog="examples:\n"
+        "  mixpool convert resnet18 --checkpoint stock.pth --output mixed.safetensors\n"
+        "  mixpool convert resnet50.a1_in1k --pretrained --images photos/ --output mixed.safetensors",
+        **common,
+    )
+    convert.add_argument("--output", metavar="FILE", required=True, help="the *.safetensors file to write")
+    convert.add_argument("--force", action="store_true", help="overwrite the output")
+    convert.set_defaults(run=run_convert_command)
+    for command in (demo, inspect, convert):
+        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return parser
+
+
+def _shared_options() -> argparse.ArgumentParser:
+    """What `inspect` and `convert` have in common."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("model", metavar="MODEL", help="a timm name, torchvision/NAME, or a name only torchvision has")
+    weights = shared.add_argument_group("weights (random without)")
+    weights.add_argument("--pretrained", action="store_true", help="the library's trained weights, downloaded")
+    weights.add_argument("--checkpoint", metavar="FILE", help="a .safetensors, .pt or .pth file of the stock model")
+    weights.add_argument(
+        "--num-classes", type=_positive, metavar="N", help="classes of the checkpoint, if not the usual"
+    )
+    pooling = shared.add_argument_group("conversion")
+    pooling.add_argument(
+        "--select",
+        metavar="WHICH",
+        default="auto",
+        help="channels for the modulus: auto, all, none, or numbers such as 0,4,10-15 (default: %(default)s)",
+    )
+    pooling.add_argument(
+        "--blur", type=int, choices=(1, 3), default=3, help="3: mean of the modulus over the window; 1: its centre"
+    )
+    pooling.add_argument(
+        "--max-blur", type=int, choices=(1, 3), default=1, help="3: the other channels pool as BlurPool; 1: as before"
+    )
+    pooling.add_argument(
+        "--imag", choices=("tied", "free"), default="tied", help="imaginary filters follow the real ones, or are free"
+    )
+    pooling.add_argument("--stem", metavar="NAME", help="the stem's convolution, if it is not the first")
+    images = shared.add_argument_group("images")
+    images.add_argument(
+        "--images", metavar="DIR", help="folder of photos, with subfolders, to measure and calibrate on"
+    )
+    images.add_argument(
+        "--limit",
+        type=_not_negative,
+        default=100,
+        metavar="N",
+        help="how many of them, evenly spread over the sorted list; 0 for all (default: %(default)s; at most 512 are used)",
+    )
+    return shared
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _not_negative(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+    return int(text)
