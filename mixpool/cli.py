@@ -1,6 +1,6 @@
 """The command `mixpool`: demo, inspect, convert. It parses, calls and prints; the work is in the other modules.
 
-The heavy imports are inside the commands, so that `--help` and a mistyped option answer at once.
+What needs timm, matplotlib or rich is imported inside the commands: `--help` and errors need not wait for them.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def run_demo_command(options: argparse.Namespace) -> None:
     name = options.model or "resnet18"
     weights = "pretrained weights" if options.pretrained else "a Gabor filter bank"
     model = create_model(name, pretrained=options.pretrained)
-    print(f"{name}, {weights} in its stem")
     result = run_demo(model, gabor=not options.pretrained, track=_progress("moving the photos"))
+    print(f"{name}, {weights} in its stem")
     print("\n".join(str(result.report).splitlines()[:2]))
     print()
     print(
@@ -93,7 +93,7 @@ def run_demo_command(options: argparse.Namespace) -> None:
         channel=result.channel,
         num_swapped=result.report.num_modulus,
     )
-    print(f"\npicture: {save_figure(figure, folder / 'demo.png', colors=256)}")
+    print(f"\npicture: {save_figure(figure, folder / 'demo.png')}")
 
 
 def run_inspect_command(options: argparse.Namespace) -> None:
@@ -351,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         parents=[shared],
         help="which channels of a model's stem would be swapped, and why",
-        description="Convert a model in memory and print the plan: for each channel its kind, its numbers, the reason.\n"
+        description="Convert a model in memory and print the plan: each channel's kind, its numbers, the reason.\n"
         "With --images also how well the modulus stands in for max pooling (fid: their correlation)\n"
         "and how often the converted model still says the same. Nothing is written but the plot.",
         epilog="examples:\n"
@@ -419,7 +419,7 @@ def _shared_options() -> argparse.ArgumentParser:
         type=_not_negative,
         default=100,
         metavar="N",
-        help="how many of them, evenly spread over the sorted list; 0 for all (default: %(default)s; at most 512 are used)",
+        help="how many, evenly spread over the sorted list; 0 for all, of which 512 are used (default: %(default)s)",
     )
     return shared
 

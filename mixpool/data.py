@@ -99,9 +99,8 @@ def load_images(directory: str | Path, size: int, limit: int | None = None, *, c
         raise FileNotFoundError(f"expected a folder of photos, but {directory} {what}")
     paths = _image_files(directory)
     if not paths:
-        raise FileNotFoundError(
-            f"expected photos in {directory} or its subfolders, found no file named {' '.join('*' + s for s in SUFFIXES)}"
-        )
+        suffixes = " ".join("*" + suffix for suffix in SUFFIXES)
+        raise FileNotFoundError(f"expected photos in {directory} or its subfolders, found no file named {suffixes}")
     names, images, failed = [], [], []
     for path in _evenly_spread(paths, limit):
         name = path.relative_to(directory).as_posix()

@@ -130,7 +130,10 @@ def set_gabor_bank(found: FoundStem, images: Tensor) -> None:
     """Write a Gabor bank into a stem's convolution and the images' mean and variance into its norm layer."""
     conv = found.modules[found.conv]
     if conv.kernel_size[0] != conv.kernel_size[1] or conv.kernel_size[0] < 5 or conv.in_channels != 3:
-        raise ValueError(f"expected a stem with a square kernel of 5 taps or more on RGB input, got {conv}")
+        raise ValueError(
+            f"a Gabor bank needs a square kernel of 5 taps or more on RGB input, got {conv}; show a model with trained "
+            "weights instead (--pretrained)"
+        )
     conv.weight.copy_(gabor_bank(conv.out_channels, conv.in_channels, conv.kernel_size[0]))
     if conv.bias is not None:
         conv.bias.zero_()

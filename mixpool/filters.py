@@ -189,7 +189,7 @@ def concentration(weight: Tensor, stride: int | Sequence[int], frequency: Tensor
 def dc_share(weight: Tensor) -> Tensor:
     """(C,) energy at zero frequency over the peak energy, |W^(0)|^2 / max |W^|^2; differentiable; 0 for a zero W."""
     power = power_spectrum(weight)
-    return power[:, 0, 0] / power.amax(dim=(1, 2)).clamp_min(torch.finfo(power.dtype).tiny)
+    return _ratio(power[:, 0, 0], power.amax(dim=(1, 2)))
 
 
 def slow_share(weight: Tensor, stride: int | Sequence[int]) -> Tensor:
@@ -206,7 +206,7 @@ def slow_share(weight: Tensor, stride: int | Sequence[int]) -> Tensor:
     turn = grid * torch.tensor(pair(stride), device=grid.device, dtype=grid.dtype)
     turn = ((turn + math.pi).remainder(2 * math.pi) - math.pi).norm(dim=-1)
     slow = (energy * (turn < math.pi / 2)).sum(dim=(1, 2))
-    return slow / energy.sum(dim=(1, 2)).clamp_min(torch.finfo(energy.dtype).tiny)
+    return _ratio(slow, energy.sum(dim=(1, 2)))
 
 
 def natural_image_prior(grid: Tensor) -> Tensor:
@@ -240,13 +240,12 @@ def analytic_partner_map(direction: Tensor, kernel_size: int | Sequence[int]) ->
     """
     taps_y, taps_x = pair(kernel_size)
     grid = frequency_grid(PRIOR_SIZE, direction.device)
-    direction = _off_the_grid(direction.to(grid))
     # The spectra below are even and odd: half of the grid, DC apart, holds all of them.
     half_grid = grid[: PRIOR_SIZE // 2 + 1]
     weight_of_row = torch.full((len(half_grid), 1), 2.0, dtype=grid.dtype, device=grid.device)
     weight_of_row[0] = 1.0  # the row fy = 0 holds both members of each pair
     prior = weight_of_row * partner_prior(half_grid) / PRIOR_SIZE**2
-    side = torch.sign(half_grid @ direction.to(grid).T)  # (Gy, G, C)
+    side = half_plane_side(half_grid, direction)
 
     lag_y = torch.arange(1 - taps_y, taps_y, device=grid.device, dtype=grid.dtype)
     lag_x = torch.arange(1 - taps_x, taps_x, device=grid.device, dtype=grid.dtype)
@@ -254,7 +253,7 @@ def analytic_partner_map(direction: Tensor, kernel_size: int | Sequence[int]) ->
     wave_x = torch.polar(torch.ones((), dtype=grid.dtype, device=grid.device), lag_x[:, None] * half_grid[0, :, 1])
 
     prior_kernel = (wave_y @ prior.to(wave_y.dtype) @ wave_x.T).real  # s at all lags
-    odd_prior = (prior[..., None] * side).permute(2, 0, 1).to(wave_y.dtype)
+    odd_prior = (prior * side).to(wave_y.dtype)
     hilbert_kernel = (wave_y @ odd_prior @ wave_x.T).imag  # h at all lags: real part of -i exp(i<xi,n>) is sin
 
     row_lag = _lags(taps_y, grid.device)[:, None, :, None].expand(taps_y, taps_x, taps_y, taps_x)
@@ -291,8 +290,7 @@ def hilbert_partner(weight: Tensor, direction: Tensor | None = None, size: int =
     `analytic_partner`; `size` is the odd side of the grid.
     """
     direction = center_frequency(weight).detach() if direction is None else direction
-    direction = _off_the_grid(direction.double())
-    side = torch.sign(torch.einsum("yxd,cd->cyx", frequency_grid(size, weight.device), direction))
+    side = half_plane_side(frequency_grid(size, weight.device), direction.double())
     spectrum = torch.fft.fft2(weight.double(), s=(size, size))
     partner = torch.fft.ifft2(-1j * side[:, None] * spectrum).real
     return partner[..., : weight.shape[-2], : weight.shape[-1]].to(weight.dtype)
@@ -312,25 +310,31 @@ def wrong_side_energy(weight: Tensor, weight_imag: Tensor, direction: Tensor) ->
     prior = partner_prior(grid)
     spectrum = torch.fft.fft2(torch.complex(weight.double(), weight_imag.double()), s=(PRIOR_SIZE, PRIOR_SIZE))
     energy = spectrum.abs().square().sum(dim=1) * prior
-    side = torch.sign(torch.einsum("yxd,cd->cyx", grid, _off_the_grid(direction.double())))
-    wrong = (energy * (1 - side) / 2).sum(dim=(1, 2))  # DC and a zero direction count half
-    return wrong / energy.sum(dim=(1, 2)).clamp_min(torch.finfo(energy.dtype).tiny)
+    wrong = (energy * (1 - half_plane_side(grid, direction.double())) / 2).sum(dim=(1, 2))
+    return _ratio(wrong, energy.sum(dim=(1, 2)))
+
+
+def half_plane_side(grid: Tensor, direction: Tensor) -> Tensor:
+    """(C, ...) in [-1, 1]: the sign of <xi, direction> for bins (..., 2) of a frequency grid and directions (C, 2).
+
+    A bin that the dividing line cuts counts in part, so that the result is continuous in the direction and no rounding
+    decides it; 0 everywhere for direction (0, 0).
+    """
+    length = direction.norm(dim=1, keepdim=True).clamp_min(torch.finfo(direction.dtype).tiny)
+    projection = torch.einsum("...d,cd->c...", grid, (direction / length).to(grid))
+    half_bin = (grid[0, 1, 1] - grid[0, 0, 1]) / 2
+    return (projection / half_bin).clamp(-1, 1)
 
 
 def _half_plane_share(power: Tensor, grid: Tensor, frequency: Tensor) -> Tensor:
     """(C, G, G) energy in the half plane <xi, frequency> > 0, normalised to sum to 1 (0 for a zero filter)."""
-    projection = torch.einsum("yxd,cd->cyx", grid, frequency.to(grid))
-    # A bin on the dividing line counts half, whichever side rounding puts it on: so no result depends on the batch.
-    margin = 1e-4 * frequency.norm(dim=1)[:, None, None]
-    inside = 0.5 * ((projection > margin).to(power) + (projection > -margin).to(power))
-    energy = power * inside
-    return energy / energy.sum(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
+    energy = power * (1 + half_plane_side(grid, frequency)) / 2
+    return _ratio(energy, energy.sum(dim=(1, 2), keepdim=True))
 
 
-def _off_the_grid(direction: Tensor) -> Tensor:
-    """The directions turned by 1e-6 rad, so that no grid frequency but DC lies on the line between the half planes."""
-    turn = torch.stack([direction[:, 1], -direction[:, 0]], dim=1)
-    return direction + 1e-6 * turn
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole; 0, with gradient 0, where the whole is 0."""
+    return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), 0.0)
 
 
 def _is_upper(frequency: Tensor) -> Tensor:

@@ -152,18 +152,30 @@ class MixPoolStem(nn.Module):
         direction = ChannelPlan.decode_direction(plan)[channels.modulus.cpu()]
         partner_map = None
         if len(channels.modulus) > 0:
-            partner_map = analytic_partner_map(direction, self.kernel_size).to(self.weight)
+            partner_map = analytic_partner_map(direction, self.kernel_size)
+            partner_map = partner_map.to(self.weight.device, self._partner_dtype)
         self.register_buffer("partner_map", partner_map, persistent=False)
         for name, blurs in zip(("max_blur", "blur"), ChannelPlan.decode_blurs(self._codes), strict=True):
             if blurs:
                 setattr(self, name, blurs)
 
+    @property
+    def _partner_dtype(self) -> torch.dtype:
+        """V is a small difference of large terms, so its map is float32 also for half-precision weights."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def _apply(self, fn, recurse: bool = True) -> MixPoolStem:
+        super()._apply(fn, recurse)
+        if self.partner_map is not None and self.partner_map.dtype != self._partner_dtype:
+            self._adopt_plan()  # .half() or .double() rounded the map
+        return self
+
     @torch.no_grad()
     def _start_free_partner(self, weight: Tensor) -> None:
         self.weight_imag.zero_()
         if self.num_modulus > 0:
-            start = apply_partner_map(self.partner_map, weight.to(self.weight_imag).index_select(0, self.modulus_index))
-            self.weight_imag.index_copy_(0, self.modulus_index, start)
+            start = apply_partner_map(self.partner_map, weight.to(self.partner_map).index_select(0, self.modulus_index))
+            self.weight_imag.index_copy_(0, self.modulus_index, start.to(self.weight_imag.dtype))
 
     # ------------------------------------------------------------------------------------------------------- the pass
 
@@ -183,10 +195,11 @@ class MixPoolStem(nn.Module):
         sign = sign_of_scale(self.bn)
         weight, bias = self.weight, self.bias
         if sign is not None:
-            weight = weight * sign[:, None, None, None]
-            bias = None if bias is None else bias * sign
+            signs = sign.to(weight.dtype)  # the norm layer may be float32 around a bfloat16 convolution
+            weight = weight * signs[:, None, None, None]
+            bias = None if bias is None else bias * signs
             if weight_imag is not None:
-                weight_imag = weight_imag * sign.index_select(0, channels.modulus)[:, None, None, None]
+                weight_imag = weight_imag * signs.index_select(0, channels.modulus)[:, None, None, None]
         pooled = convolve_and_pool(
             x,
             weight,
@@ -208,7 +221,8 @@ class MixPoolStem(nn.Module):
         if self.imag == "free":
             return self.weight_imag.index_select(0, self.modulus_index)
         with without_autocast(self.weight):  # V is a small difference of large terms
-            return apply_partner_map(self.partner_map, self.weight.index_select(0, self.modulus_index))
+            weight = self.weight.index_select(0, self.modulus_index)
+            return apply_partner_map(self.partner_map, weight.to(self.partner_map.dtype)).to(weight.dtype)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}", f"kernel_size={self.kernel_size}"]
@@ -298,11 +312,10 @@ def check_parts(conv: nn.Module, norm: nn.Module | None, act: nn.Module, pool: n
         raise ValueError('expected numbers as the convolution\'s padding, got "same"')
     if norm is not None and not is_supported_norm(norm):
         raise ValueError(f"expected a batch norm of torch, torchvision or timm, got {_describe(norm)}")
-    if (
-        norm is not None
-        and len(norm.running_mean if norm.running_mean is not None else conv.weight) != conv.out_channels
-    ):
-        raise ValueError(f"expected a norm layer of {conv.out_channels} channels, got {norm}")
+    if norm is not None:
+        channels = getattr(norm, "num_features", None) or len(norm.weight)
+        if channels != conv.out_channels:
+            raise ValueError(f"expected a norm layer of {conv.out_channels} channels, got {norm}")
     increasing = type(act) in _INCREASING_ACTIVATIONS and getattr(act, "negative_slope", 0) >= 0
     if not increasing or any(getattr(act, name, 1) < 0 for name in ("alpha",)):
         raise ValueError(
@@ -315,10 +328,12 @@ def check_parts(conv: nn.Module, norm: nn.Module | None, act: nn.Module, pool: n
 
 
 def _without_hooks(act: nn.Module) -> nn.Module:
-    """A copy of an activation that runs no hooks: the stem calls it on parts of its output."""
-    act = copy.copy(act)
-    for name in [name for name in vars(act) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))]:
-        setattr(act, name, OrderedDict())
+    """The activation, or a copy of it if it has hooks: the stem calls it on parts of its output."""
+    names = [name for name in vars(act) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))]
+    if any(getattr(act, name) for name in names):
+        act = copy.copy(act)
+        for name in names:
+            setattr(act, name, OrderedDict())
     return act
 
 

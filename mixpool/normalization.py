@@ -73,30 +73,29 @@ def normalize_pooled(
     def of_kind(vector: Tensor | None, index: Tensor) -> Tensor | None:
         return None if vector is None else vector.index_select(0, index)
 
-    # The modulus has no constant part of its own, so the convolution's bias counts as a shift of the mean.
-    mean = norm.running_mean
-    modulus_mean = mean if mean is None or bias is None else mean - bias.to(mean.dtype)
     parts = []
-    for part, moments, index, running_mean in (
-        (pooled.max, max_moments, channels.max, mean),
-        (pooled.modulus, modulus_moments, channels.modulus, modulus_mean),
+    for part, moments, index, is_modulus in (
+        (pooled.max, max_moments, channels.max, False),
+        (pooled.modulus, modulus_moments, channels.modulus, True),
     ):
         if part is None:
             parts.append(None)
             continue
-        weight, shift, signs = (of_kind(v, index) for v in (norm.weight, norm.bias, sign))
+        weight, shift, signs, mean = (of_kind(v, index) for v in (norm.weight, norm.bias, sign, norm.running_mean))
         weight = weight if signs is None else weight * signs
-        running_mean = of_kind(running_mean, index)
-        if running_mean is not None and signs is not None:
-            running_mean = running_mean * signs
+        if mean is not None and signs is not None:
+            mean = mean * signs
+        if is_modulus and bias is not None and mean is not None:
+            # The running mean holds the convolution's bias, so the modulus gets it too (without one, neither has it).
+            part = affine(part, None, of_kind(bias if sign is None else bias * sign, index))
         if moments is None:
             running_var = norm.running_var.index_select(0, index)
-            parts.append(F.batch_norm(part, running_mean, running_var, weight, shift, False, 0.0, norm.eps))
+            parts.append(F.batch_norm(part, mean, running_var, weight, shift, False, 0.0, norm.eps))
             continue
-        center = moments.mean if index is channels.max else running_mean
+        mean = mean if is_modulus else moments.mean
         scale = (moments.var + norm.eps).rsqrt()
         scale = scale if weight is None else scale * weight
-        offset = shift if center is None else (-center * scale if shift is None else shift - center * scale)
+        offset = shift if mean is None else (-mean * scale if shift is None else shift - mean * scale)
         parts.append(affine(part, scale, offset))
     if uses_batch_statistics(norm) and norm.track_running_stats and norm.running_mean is not None:
         _update_running_statistics(norm, max_moments, modulus_moments, sign, channels)
@@ -114,13 +113,13 @@ def _update_running_statistics(
     moments = [m for m in (max_moments, modulus_moments) if m is not None]
     if all(isinstance(m.count, int) and m.count == 0 for m in moments):
         return  # an empty batch teaches nothing
+    if any(isinstance(m.count, int) and m.count == 1 for m in moments):
+        raise ValueError("expected more than 1 value per channel in training, got 1 (as nn.BatchNorm2d)")
     norm.num_batches_tracked.add_(1)
     # momentum=None is torch's cumulative average
     momentum = 1.0 / norm.num_batches_tracked.to(norm.running_var.dtype) if norm.momentum is None else norm.momentum
     if max_moments is not None:
         mean, var, count = max_moments
-        if isinstance(count, int) and count == 1:
-            raise ValueError("expected more than 1 value per channel in training, got 1 (as nn.BatchNorm2d)")
         if sign is not None:
             mean = mean * sign.index_select(0, channels.max)
         _blend(norm.running_mean, channels.max, mean, momentum)
@@ -149,12 +148,27 @@ def across_processes(moments: Moments, group: dist.ProcessGroup | None) -> Momen
 
     mean = sum n_i m_i / sum n_i and var = sum n_i (v_i + (m_i - mean)^2) / sum n_i: no cancellation.
     """
-    from torch.distributed.nn.functional import all_reduce
-
     count = moments.mean.new_full((1,), float(moments.count))
-    total = all_reduce(torch.cat([moments.mean * count, count]), group=group)
+    total = _SumOverProcesses.apply(torch.cat([moments.mean * count, count]), group)
     count_of_all = total[-1]
     mean = total[:-1] / count_of_all
     spread = moments.var + (moments.mean - mean).square()
-    var = all_reduce(spread * count, group=group) / count_of_all
+    var = _SumOverProcesses.apply(spread * count, group) / count_of_all
     return Moments(mean, var, count_of_all.detach())
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """all_reduce with its gradient, the sum of all processes' gradients: each of them uses this one's value."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None

@@ -38,8 +38,8 @@ def plot_filter_bank(weight: Tensor, report: ConversionReport | ChannelPlan) -> 
     """All filters, those on modulus pooling framed in blue, beside their centre frequencies in the frequency plane.
 
     Args:
-        weight: (C, I, kH, kW) of the stem's convolution. RGB filters are drawn in colour, zero is mid-gray; with another
-            number of inputs the strongest spatial pattern of the filter is drawn in gray.
+        weight: (C, I, kH, kW) of the stem's convolution. RGB filters are drawn in colour, zero is mid-gray; with
+            another number of inputs the strongest spatial pattern of the filter is drawn in gray.
         report: what `convert` returned, or its plan.
     Raises:
         ValueError: the number of filters is not that of the plan.
@@ -220,30 +220,18 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[float]], shifts: Sequ
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def save_figure(figure: Figure, path: str | Path, dpi: int = 160, colors: int | None = None) -> Path:
+def save_figure(figure: Figure, path: str | Path, dpi: int = 160) -> Path:
     """Write a figure; the suffix of `path` gives the format, PNG without one. Returns the path.
 
-    Args:
-        colors: for a PNG, reduce to a palette of that many colours (a third of the size).
     Raises:
         ValueError: matplotlib cannot write that format.
         OSError: the file cannot be written.
     """
     path = Path(path)
     path = path if path.suffix else path.with_suffix(".png")
-    known = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
+    if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"expected a picture named *.png, *.pdf or *.svg, got {path}")
-    if colors is None or path.suffix.lower() != ".png":
-        figure.savefig(path, dpi=dpi)
-        return path
-    from PIL import Image
-
-    figure.set_dpi(dpi)
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
-    image = Image.fromarray(pixels).quantize(colors, dither=Image.Dither.NONE)
-    image.save(path, optimize=True)
+    figure.savefig(path, dpi=dpi)
     return path
 
 

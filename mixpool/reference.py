@@ -168,10 +168,10 @@ def binomial_decimate(out: Tensor, pool: PoolGeometry) -> Tensor:
     Reference: Zhang, Making Convolutional Networks Shift-Invariant Again, 2019, arXiv 1904.11486, section 3.2.
     """
     height, width = out.shape[-2:]
-    out = F.pad(out, (0, 0, 1, 1), mode="reflect" if height > 1 else "replicate")
-    out = F.pad(out, (1, 1, 0, 0), mode="reflect" if width > 1 else "replicate")
     kernel = binomial_kernel((3, 3), out).expand(out.shape[1], 1, 3, 3)
-    with without_autocast(out):
+    with without_autocast(out):  # it would make the border float32 and the sums bfloat16
+        out = F.pad(out, (0, 0, 1, 1), mode="reflect" if height > 1 else "replicate")
+        out = F.pad(out, (1, 1, 0, 0), mode="reflect" if width > 1 else "replicate")
         return F.conv2d(out, kernel, stride=pool.stride, groups=out.shape[1])
 
 
@@ -258,7 +258,8 @@ def real_moments(y: Tensor) -> Moments:
     y = y if y.dtype == torch.float64 else y.float()
     count = y.shape[0] * y.shape[2] * y.shape[3]
     if isinstance(count, int) and count == 0:
-        return _no_moments(y)
+        nothing = y.sum(dim=(0, 2, 3))  # depends on y, so that all processes of a group stay in step in backward
+        return Moments(nothing, nothing, 0)
     var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
     return Moments(mean, var, count)
 
@@ -267,7 +268,8 @@ def energy_moments(envelope: Tensor) -> Moments:
     """Mean 0 and half the mean energy of each channel (the variance of an analytic z's real part), differentiable."""
     count = envelope.shape[0] * envelope.shape[2] * envelope.shape[3]
     if isinstance(count, int) and count == 0:
-        return _no_moments(envelope)
+        nothing = envelope.sum(dim=(0, 2, 3))
+        return Moments(torch.zeros_like(nothing), nothing, 0)
     var = envelope.square().mean(dim=(0, 2, 3)) / 2
     return Moments(torch.zeros_like(var), var, count)
 
@@ -321,12 +323,6 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     if tensor.device.type == "meta":
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _no_moments(y: Tensor) -> Moments:
-    """The moments of an empty batch: zeros that depend on `y`, so that every process of a group stays in step."""
-    nothing = y.sum(dim=(0, 2, 3))
-    return Moments(nothing, nothing, 0)
 
 
 def _unreached(size: int, stride: int, padding: int, center: int, ceil_mode: bool) -> int:

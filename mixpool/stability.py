@@ -48,7 +48,7 @@ def shifted_crop(images: Tensor, size: int, shift: int, direction: str = "horizo
         start = (length - size) // 2 + shift * step
         if start < 0 or start + size > length:
             raise ValueError(
-                f"expected images of at least {size} + 2 * {abs(shift)} pixels along the shift, got {tuple(images.shape)}"
+                f"expected a margin of {abs(shift)} pixels around {size} along the shift, got {tuple(images.shape)}"
             )
         corner.append(start)
     top, left = corner

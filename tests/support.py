@@ -257,9 +257,10 @@ def run_on_two_processes(worker: Callable, *arguments) -> list[dict[str, Tensor]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    running = torch.multiprocessing.spawn(_process, (port, worker, arguments, results), nprocs=2, join=False)
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    # As bytes: tensors themselves would lie in memory that both processes share, and would be updated twice.
+    task = pickle.dumps((worker, arguments))
+    running = torch.multiprocessing.spawn(_process, (port, task, results), nprocs=2, join=False)
     by_rank = dict(pickle.loads(results.get()) for _ in range(2)) if _both_answer(running, results) else {}
     running.join()
     return [by_rank[rank] for rank in (0, 1)]
@@ -273,8 +274,9 @@ def _both_answer(running, results) -> bool:
     return True
 
 
-def _process(rank: int, port: int, worker: Callable, arguments: tuple, results) -> None:
+def _process(rank: int, port: int, task: bytes, results) -> None:
     torch.set_num_threads(1)
+    worker, arguments = pickle.loads(task)
     warnings.filterwarnings("error", module="mixpool")
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
@@ -307,7 +309,8 @@ def data_parallel_worker(rank, stems, x, upstream):
     """Gradients of each stem under DDP, half of the batch on each process."""
     rows = slice(0, 2) if rank == 0 else slice(2, 4)
     for stem in stems.values():
-        nn.parallel.DistributedDataParallel(stem)(x[rows]).backward(upstream[rows])
+        model = nn.parallel.DistributedDataParallel(stem)  # has to live as long as the backward pass
+        model(x[rows]).backward(upstream[rows])
     return {f"{kind}: {name}": p.grad for kind, stem in stems.items() for name, p in stem.named_parameters()}
 
 

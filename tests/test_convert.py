@@ -215,7 +215,7 @@ def test_a_failure_after_the_calibration_restores_every_bit(monkeypatch, images)
         ({"images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, ["float", "uint8"]),
         ({"images": torch.zeros(32, 32)}, ["(N, ", "(32, 32)"]),
         ({"images": ["photo.jpg"]}, ["float tensors", "str"]),
-        ({"images": 7}, ["images", "int"]),
+        ({"images": 7}, ["images", "7"]),
         ({"images": np.zeros((2, 3, 32, 32), dtype=np.float32)}, ["tensors", "ndarray"]),
         ({"images": [{"image": torch.zeros(2, 3, 32, 32)}]}, ["tensors", "dict"]),
     ],

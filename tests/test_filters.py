@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import mixpool
 from mixpool import analytic_filter, analytic_partner, analyze, hilbert_partner
 from mixpool.filters import (
-    PRIOR_EPS,
     PRIOR_SIZE,
     analytic_partner_map,
     apply_partner_map,
@@ -26,6 +25,7 @@ from mixpool.filters import (
     dc_share,
     orientation,
     power_spectrum,
+    slow_share,
     wrong_side_energy,
 )
 
@@ -142,7 +142,8 @@ def test_concentration_against_a_search_over_all_windows(stride):
     sides = [max(1, int(65 / (2 * step))) for step in stride]  # bins in pi / stride
     for channel, (fy, fx) in enumerate(center_frequency(weight).tolist()):
         energy = (np.abs(np.fft.fft2(weight[channel].numpy(), s=(65, 65))) ** 2).sum(0)
-        energy = np.where(grid[:, None] * fy + grid * fx > 0, energy, 0)
+        projection = (grid[:, None] * fy + grid * fx) / np.hypot(fy, fx)
+        energy *= np.where(np.abs(projection) < 1e-4, 0.5, projection > 0)  # on the dividing line: half
         energy /= energy.sum()
         best = max(
             np.roll(energy, (-i, -j), (0, 1))[: sides[0], : sides[1]].sum() for i in range(65) for j in range(65)
@@ -170,6 +171,20 @@ def test_dc_share_of_known_filters():
     assert_close("random", dc_share(weight), weight.sum((2, 3)).square().sum(1).numpy() / peak)
 
 
+def test_slow_share_by_plain_sums():
+    """Share of S |W^|^2 at frequencies whose phase turns by less than pi / 2 per step; S = 1 / (|xi|^2 + 0.02^2)."""
+    weight = torch.randn(4, 3, 5, 7, dtype=torch.float64)
+    energy = (np.abs(np.fft.fft2(weight.numpy(), s=(65, 65))) ** 2).sum(1)
+    axis = 2 * np.pi * np.fft.fftfreq(65)
+    energy = energy / (axis[:, None] ** 2 + axis**2 + 0.02**2)
+    for stride in ((1, 1), (2, 2), (4, 2)):
+        turns = [np.abs(np.angle(np.exp(1j * step * axis))) for step in stride]
+        slow = np.hypot(turns[0][:, None], turns[1]) < np.pi / 2
+        expected = (energy * slow).sum((1, 2)) / energy.sum((1, 2))
+        assert_close(f"stride {stride}", slow_share(weight, stride), expected)
+    assert slow_share(torch.ones(1, 1, 7, 7), 2) > 0.99 and slow_share(gabor(1.6, 0.4, 21, 3.5), 2) < 0.01
+
+
 def test_phase_step_is_the_stride_times_the_frequency():
     weight = torch.cat([gabor(1.5, angle, 21, 3.0) for angle in (0.0, math.pi / 2, math.pi / 4)])
     stats = analyze(weight, (2, 4))
@@ -181,6 +196,17 @@ def test_phase_step_is_the_stride_times_the_frequency():
 # --- the analytic partner ---------------------------------------------------------------------------------------------
 
 
+def prior(fy: np.ndarray, fx: np.ndarray) -> np.ndarray:
+    """Weight of an error at a frequency, as the docstring of `partner_prior` has it."""
+    return (fy**2 + fx**2 + 0.01**2) ** -1.5
+
+
+def side_of(fy: np.ndarray, fx: np.ndarray, direction: Tensor) -> np.ndarray:
+    """1, -1, and 0 at DC: frequencies on the dividing line go to the side that a turn by 1e-6 rad gives them."""
+    dy, dx = direction.tolist()
+    return np.sign(fy * (dy + 1e-6 * dx) + fx * (dx - 1e-6 * dy))
+
+
 def brute_force_partner(weight: Tensor, direction: Tensor) -> Tensor:
     """Dense least squares over all frequencies: sum of S |V^ - (-i sgn) W^|^2, for one filter of one input channel."""
     taps_y, taps_x = weight.shape
@@ -188,8 +214,8 @@ def brute_force_partner(weight: Tensor, direction: Tensor) -> Tensor:
     fy, fx = (f.ravel() for f in np.meshgrid(axis, axis, indexing="ij"))
     wave = np.exp(-1j * np.arange(taps_y)[:, None] * fy)[:, None] * np.exp(-1j * np.arange(taps_x)[:, None] * fx)
     wave = wave.reshape(taps_y * taps_x, -1).T  # (frequencies, taps)
-    root_prior = 1 / np.sqrt(fy**2 + fx**2 + PRIOR_EPS**2)
-    target = -1j * np.sign(fy * direction[0].item() + fx * direction[1].item()) * (wave @ weight.numpy().ravel())
+    root_prior = np.sqrt(prior(fy, fx))
+    target = -1j * side_of(fy, fx, direction) * (wave @ weight.numpy().ravel())
     rows, values = root_prior[:, None] * wave, root_prior * target
     solution = np.linalg.lstsq(np.vstack([rows.real, rows.imag]), np.hstack([values.real, values.imag]), rcond=None)[0]
     return torch.from_numpy(solution.reshape(taps_y, taps_x))
@@ -247,9 +273,9 @@ def test_hilbert_partner_is_the_cropped_directional_transform(size):
 
 
 def energies(weight: Tensor, partner: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """(wrong, total) energy of W + iV under the prior, summed by numpy; bins on the dividing line count half."""
+    """(wrong, total) energy of W + iV under the prior, summed by numpy; DC counts half."""
     axis = 2 * np.pi * np.fft.fftfreq(PRIOR_SIZE)
-    prior = 1 / (axis[:, None] ** 2 + axis**2 + PRIOR_EPS**2)
+    prior = (axis[:, None] ** 2 + axis**2 + 0.01**2) ** -1.5
     wrong, total = [], []
     for w, v, (dy, dx) in zip(weight.numpy(), partner.numpy(), direction.tolist()):
         energy = (np.abs(np.fft.fft2(w + 1j * v, s=(PRIOR_SIZE, PRIOR_SIZE))) ** 2).sum(0) * prior
@@ -260,8 +286,11 @@ def energies(weight: Tensor, partner: Tensor, direction: Tensor) -> tuple[Tensor
 
 
 def gabor_bank(frequencies, kernel_size, sigma) -> tuple[Tensor, Tensor]:
+    """Filters without a mean (Morlet's correction) and their directions."""
     parts = [(f, a, p) for f in frequencies for a in ANGLES[::2] for p in (0.0, math.pi / 4, math.pi / 2)]
     weight = torch.cat([gabor(f, a, kernel_size, sigma, p) for f, a, p in parts])
+    envelope = gabor(0.0, 0.0, kernel_size, sigma)
+    weight = weight - envelope * (weight.sum(dim=(2, 3), keepdim=True) / envelope.sum())
     return weight, torch.cat([direction_of(f, a) for f, a, _ in parts])
 
 
@@ -293,14 +322,15 @@ def test_least_squares_partner_is_no_worse_than_the_cropped_hilbert_partner():
         assert (wrong / total).mean() < 0.9 * (wrong_cropped / total_cropped).mean(), name
 
 
-# Largest and mean share on the wrong side under the prior, over orientations and phases, measured and rounded up by
-# about a tenth. A cosine of low frequency has a mean that no partner can move, hence the large numbers at the top.
+# Largest and mean share on the wrong side under the prior, over orientations and phases, measured (0.074, 0.063,
+# 0.042, 0.011, 0.018 the largest) and rounded up by about a tenth. The optimum over all V on the taps, so no change of
+# the method, but only one of the prior, can move these. The cropped Hilbert partner has a mean share of 0.30 at the top.
 WRONG_SIDE_BOUNDS = {
-    (0.6, 0.9): (0.22, 0.125),
-    (0.9, 1.2): (0.165, 0.08),
-    (1.2, 1.6): (0.095, 0.023),
-    (1.6, 2.0): (0.02, 0.002),
-    (2.0, 2.4): (0.04, 0.006),
+    (0.6, 0.9): (0.082, 0.05),
+    (0.9, 1.2): (0.07, 0.037),
+    (1.2, 1.6): (0.047, 0.0175),
+    (1.6, 2.0): (0.0125, 0.0029),
+    (2.0, 2.4): (0.02, 0.004),
 }
 
 
@@ -310,9 +340,9 @@ def test_wrong_side_energy_of_7x7_gabor_filters(band):
     share = wrong_side_energy(weight, analytic_partner(weight, direction), direction)
     largest, mean = WRONG_SIDE_BOUNDS[band]
     assert share.max() < largest and share.mean() < mean
-    # The partner that the weights alone give is as good as the one of the true direction, but for the lowest waves.
+    # The partner that the weights alone give is as good as the one of the true direction.
     own = wrong_side_energy(weight, analytic_partner(weight), center_frequency(weight))
-    assert own.mean() < mean * 1.25
+    assert own.max() < largest and own.mean() < mean
 
 
 def test_partner_of_a_wave_is_its_quadrature():
@@ -335,6 +365,7 @@ def test_batched_equals_one_by_one():
         "bandwidth": bandwidth,
         "concentration": lambda w: concentration(w, 2),
         "dc_share": dc_share,
+        "slow_share": lambda w: slow_share(w, 2),
         "analytic_partner": analytic_partner,
         "hilbert_partner": hilbert_partner,
     }
@@ -345,7 +376,7 @@ def test_batched_equals_one_by_one():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_are_finite_also_of_a_zero_filter(dtype):
     functions = (center_frequency, bandwidth, lambda w: concentration(w, 2), dc_share, analytic_partner)
-    for function in functions:
+    for function in (*functions, lambda w: slow_share(w, 2)):
         weight = torch.randn(3, 2, 5, 5, dtype=dtype)
         weight[1] = 0
         weight.requires_grad_()
@@ -364,6 +395,7 @@ def test_gradients_against_finite_differences():
         bandwidth,
         lambda w: concentration(w, 2, direction),
         dc_share,
+        lambda w: slow_share(w, 2),
         lambda w: analytic_partner(w, direction),
     ):
         assert torch.autograd.gradcheck(function, (weight,))
@@ -388,8 +420,8 @@ def test_precision(dtype):
     partner = analytic_partner(weight)
     assert partner.dtype == dtype
     expected = analytic_partner(weight.double(), exact.center_frequency)
-    # Because V is a difference of terms up to ten times as large; half a rounding of the result and of each term.
-    limit = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+    # Because V is a small difference of large terms.
+    limit = {torch.float32: 3e-4, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
     assert (partner.double() - expected).norm() < limit * expected.norm()
 
 

@@ -148,7 +148,7 @@ def test_all_max_in_training_equals_the_stock_stem(variant):
 
 
 def test_gradient_of_a_zero_gamma_is_the_one_sided_derivative():
-    """At gamma = 0 a window's values tie: the stock stem takes the first one's derivative, ours is that of gamma > 0."""
+    """At gamma = 0 a window's values tie: the stock stem takes the first one's derivative, we that of gamma > 0."""
     parts = stem_parts(dtype=torch.float64)
     model, stem = stock(parts).eval(), MixPoolStem(*parts, select="none").eval()
     model[2], stem.act = nn.Identity(), nn.Identity()
@@ -473,7 +473,8 @@ def test_free_partner_is_a_parameter_of_the_modulus_channels():
 def test_parts_are_taken_over_not_copied():
     conv, norm, act, pool = stem_parts(bias=True)
     stem = MixPoolStem(conv, norm, act, pool, select=MIXED)
-    assert stem.weight is conv.weight and stem.bias is conv.bias and stem.bn is norm and stem.act is act
+    assert stem.weight is conv.weight and stem.bias is conv.bias and stem.bn is norm
+    assert type(stem.act) is nn.ReLU
     assert stem.training and not MixPoolStem(conv.eval(), norm, act, pool, select="none").training
     assert stem.total_stride == (4, 4) and stem.num_modulus == 4
     assert stem.kinds == tuple("modulus" if flag else "max" for flag in MIXED)
@@ -804,7 +805,10 @@ def bad_parts() -> dict[str, tuple[Callable[[dict], None], str]]:
         "layer norm": (lambda p: p.update(norm=timm.layers.LayerNorm2d(7)), "LayerNorm2d"),
         "instance norm": (lambda p: p.update(norm=nn.InstanceNorm2d(7)), "InstanceNorm2d"),
         "3-D batch norm": (lambda p: p.update(norm=nn.BatchNorm3d(7)), "BatchNorm3d"),
-        "other channels": (lambda p: p.update(norm=nn.BatchNorm2d(8)), "norm layer of 7 channels, got BatchNorm2d"),
+        "other channels": (
+            lambda p: p.update(norm=nn.BatchNorm2d(8)),
+            "norm layer of 7 channels, got 8 in BatchNorm2d",
+        ),
         "other channels, no statistics": (
             lambda p: p.update(norm=nn.BatchNorm2d(8, track_running_stats=False)),
             "norm layer of 7 channels",
