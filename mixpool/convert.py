@@ -291,10 +291,17 @@ def _feature_entries(model: nn.Module, found: FoundStem) -> list[dict]:
     info = getattr(model, "feature_info", None)
     entries = getattr(info, "info", info)
 
+    # A wrapper (FeatureHookNet) may hold the model as a child: its entries then lack the child's name.
+    above = _common_prefix({"conv": found.conv, "norm": found.pool})
+    wrapper = next((f"{child}." for child, _ in model.named_children() if above.startswith(f"{child}.")), "")
+
     def is_inside(name: str) -> bool:
-        name = name.replace(".", "_")
-        parts = [part.replace(".", "_") for part in (found.conv, found.norm, found.act) if part]
-        pool = found.pool.replace(".", "_")
-        return any(part == name or part.startswith(name + "_") for part in parts) and not pool.startswith(name + "_")
+        for prefix in {"", wrapper}:
+            own = (prefix + name).replace(".", "_")
+            parts = [part.replace(".", "_") for part in (found.conv, found.norm, found.act) if part]
+            in_stem = any(part == own or part.startswith(own + "_") for part in parts)
+            if in_stem and not found.pool.replace(".", "_").startswith(own + "_"):
+                return True
+        return False
 
     return [e for e in entries or () if isinstance(e, dict) and "reduction" in e and is_inside(e.get("module") or "")]

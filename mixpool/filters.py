@@ -92,13 +92,14 @@ def analyze(conv_or_weight: nn.Module | Tensor, stride: int | Sequence[int] | No
     weight = _check_weight(weight).detach().to("cpu", torch.float64)
     if not torch.isfinite(weight).all():
         raise ValueError("expected finite weights, got NaN or infinity in the convolution's weight")
-    frequency = center_frequency(weight)
+    power = power_spectrum(weight)
+    frequency = center_frequency(weight, power=power)
     return FilterStats(
         center_frequency=frequency,
-        bandwidth=bandwidth(weight, frequency),
-        concentration=concentration(weight, stride, frequency),
-        dc_share=dc_share(weight),
-        slow_share=slow_share(weight, stride),
+        bandwidth=bandwidth(weight, frequency, power=power),
+        concentration=concentration(weight, stride, frequency, power=power),
+        dc_share=dc_share(weight, power=power),
+        slow_share=slow_share(weight, stride, power=power),
         stride=stride,
         kernel_size=tuple(weight.shape[-2:]),
     )
@@ -127,7 +128,7 @@ def frequency_grid(size: int, device: torch.device | None = None, dtype: torch.d
     return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
 
 
-def center_frequency(weight: Tensor, refinements: int = 2) -> Tensor:
+def center_frequency(weight: Tensor, refinements: int = 2, *, power: Tensor | None = None) -> Tensor:
     """Centre frequency of each filter: the energy's centroid over the half plane around its peak.
 
     Differentiable with respect to the weight (the choice of the half plane is not). A zero filter gets (0, 0).
@@ -135,10 +136,11 @@ def center_frequency(weight: Tensor, refinements: int = 2) -> Tensor:
     Args:
         weight: (C, I, kH, kW).
         refinements: how often the half plane is turned towards the last centroid.
+        power: `power_spectrum(weight)`, if it is known already (here and below).
     Returns:
         (C, 2), (fy, fx) in radians per pixel, with fy > 0 or fy = 0 and fx >= 0.
     """
-    power = power_spectrum(weight)
+    power = power_spectrum(weight) if power is None else power
     grid = frequency_grid(power.shape[-1], power.device, power.dtype)
     upper = (grid[..., 0] > 0) | ((grid[..., 0] == 0) & (grid[..., 1] > 0))  # one of each pair +-xi, without DC
     peak = power.detach().masked_fill(~upper, -1).flatten(1).argmax(dim=1)
@@ -154,11 +156,11 @@ def orientation(frequency: Tensor) -> Tensor:
     return torch.atan2(frequency[..., 0], frequency[..., 1]).remainder(math.pi)
 
 
-def bandwidth(weight: Tensor, frequency: Tensor | None = None) -> Tensor:
+def bandwidth(weight: Tensor, frequency: Tensor | None = None, *, power: Tensor | None = None) -> Tensor:
     """(C,) rms distance of the half-plane energy from the centre frequency, radians per pixel; differentiable."""
-    power = power_spectrum(weight)
+    power = power_spectrum(weight) if power is None else power
     grid = frequency_grid(power.shape[-1], power.device, power.dtype)
-    frequency = center_frequency(weight) if frequency is None else frequency.to(power)
+    frequency = center_frequency(weight, power=power) if frequency is None else frequency.to(power)
     share = _half_plane_share(power, grid, frequency.detach())
     squared_distance = (grid - frequency[:, None, None, :]).square().sum(dim=-1)
     variance = (share * squared_distance).sum(dim=(1, 2))
@@ -166,16 +168,18 @@ def bandwidth(weight: Tensor, frequency: Tensor | None = None) -> Tensor:
     return torch.where(variance > 0, variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt(), 0.0)
 
 
-def concentration(weight: Tensor, stride: int | Sequence[int], frequency: Tensor | None = None) -> Tensor:
+def concentration(
+    weight: Tensor, stride: int | Sequence[int], frequency: Tensor | None = None, *, power: Tensor | None = None
+) -> Tensor:
     """(C,) largest share of the half-plane energy inside a window of sides pi / stride; differentiable.
 
     The window may lie anywhere on the frequency torus; the theory's CMod needs its share near 1
     (arXiv 2209.11740, the condition kappa <= pi / m; computed there on the channel-averaged kernel).
     """
-    power = power_spectrum(weight)
+    power = power_spectrum(weight) if power is None else power
     size = power.shape[-1]
     grid = frequency_grid(size, power.device, power.dtype)
-    frequency = center_frequency(weight) if frequency is None else frequency.to(power)
+    frequency = center_frequency(weight, power=power) if frequency is None else frequency.to(power)
     share = _half_plane_share(power, grid, frequency.detach())
     window_y, window_x = (max(1, math.floor(size / (2 * step))) for step in pair(stride))
     # Sums over all window positions at once: differences of the wrapped cumulative sum along each axis.
@@ -186,13 +190,13 @@ def concentration(weight: Tensor, stride: int | Sequence[int], frequency: Tensor
     return share.amax(dim=(1, 2)).clamp(0, 1)
 
 
-def dc_share(weight: Tensor) -> Tensor:
+def dc_share(weight: Tensor, *, power: Tensor | None = None) -> Tensor:
     """(C,) energy at zero frequency over the peak energy, |W^(0)|^2 / max |W^|^2; differentiable; 0 for a zero W."""
-    power = power_spectrum(weight)
+    power = power_spectrum(weight) if power is None else power
     return _ratio(power[:, 0, 0], power.amax(dim=(1, 2)))
 
 
-def slow_share(weight: Tensor, stride: int | Sequence[int]) -> Tensor:
+def slow_share(weight: Tensor, stride: int | Sequence[int], *, power: Tensor | None = None) -> Tensor:
     """(C,) share of a filter's response to natural images that hardly turns within a pooling window; differentiable.
 
     The response's energy is S(xi) |W^(xi)|^2, with the prior S of natural images. From one step of the convolution to
@@ -200,9 +204,9 @@ def slow_share(weight: Tensor, stride: int | Sequence[int]) -> Tensor:
     less than pi / 2 a window of 3 does not see a whole half wave, and its maximum is not a modulus. So this one
     number joins frequency, orientation, bandwidth and stride. 0 for a zero filter.
     """
-    energy = power_spectrum(weight)
-    grid = frequency_grid(energy.shape[-1], energy.device, energy.dtype)
-    energy = energy * natural_image_prior(grid)
+    power = power_spectrum(weight) if power is None else power
+    grid = frequency_grid(power.shape[-1], power.device, power.dtype)
+    energy = power * natural_image_prior(grid)
     turn = grid * torch.tensor(pair(stride), device=grid.device, dtype=grid.dtype)
     turn = ((turn + math.pi).remainder(2 * math.pi) - math.pi).norm(dim=-1)
     slow = (energy * (turn < math.pi / 2)).sum(dim=(1, 2))

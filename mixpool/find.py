@@ -16,6 +16,7 @@ _IDEMPOTENT = {F.relu, torch.relu, torch.relu_, F.relu_, F.relu6, "relu", "relu_
 _CONVOLUTIONS = {F.conv2d, torch.conv2d}
 _MAX_POOLS = {F.max_pool2d, torch.max_pool2d}
 _BLURS = {"BlurPool2d"}
+_MOST_CHECKS = 100
 # How a check of shapes comes out that the input passes.
 _CHECKS = {
     operator.eq: True,
@@ -101,9 +102,30 @@ class _Tracer(fx.Tracer):
         )
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Let checks of the input's shape pass: `if x.shape[1] != 3: raise`, `assert x.ndim == 4`."""
-        verdict = _CHECKS.get(obj.node.target)
-        return super().to_bool(obj) if verdict is None else verdict
+        """Let checks of the input's shape pass: `if x.shape[1] != 3: raise`, `assert x.ndim == 4`.
+
+        Only before the first max pool, and not for ever: a loop over the size has no symbolic end.
+        """
+        self.checks = getattr(self, "checks", 0) + 1
+        is_check = obj.node.target in _CHECKS and all(
+            _is_shape(operand) for operand in obj.node.args if isinstance(operand, fx.Node)
+        )
+        has_pool = any(
+            node.op == "call_module" and isinstance(self.root.get_submodule(node.target), nn.MaxPool2d)
+            for node in self.graph.nodes
+        )
+        if not is_check or has_pool or self.checks > _MOST_CHECKS:
+            return super().to_bool(obj)
+        return _CHECKS[obj.node.target]
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """Whether a node is a size of some tensor: x.shape, x.ndim, x.size(), or an item of one."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        return isinstance(node.args[0], fx.Node) and _is_shape(node.args[0])
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    return node.op == "call_method" and node.target in ("size", "dim")
 
 
 def _is_layer(module: nn.Module) -> bool:

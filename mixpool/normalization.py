@@ -88,6 +88,11 @@ def normalize_pooled(
         if is_modulus and bias is not None and mean is not None:
             # The running mean holds the convolution's bias, so the modulus gets it too (without one, neither has it).
             part = affine(part, None, of_kind(bias if sign is None else bias * sign, index))
+        if moments is None and not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            # FrozenBatchNorm2d, by its own formula, so that it stays equal to the bit
+            scale = weight * (norm.running_var.index_select(0, index) + norm.eps).rsqrt()
+            parts.append(affine(part, scale, shift - mean * scale))
+            continue
         if moments is None:
             running_var = norm.running_var.index_select(0, index)
             parts.append(F.batch_norm(part, mean, running_var, weight, shift, False, 0.0, norm.eps))

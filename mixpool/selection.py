@@ -86,7 +86,7 @@ def select_by_filter(stats: FilterStats, max_slow_share: float = MAX_SLOW_SHARE)
     for name, values, relation, limit in tests:
         fails = values > limit if relation == ">" else values < limit
         for channel in (fails & mask).nonzero()[:, 0].tolist():
-            reasons[channel] = f"{name} {values[channel]:.2f} {relation} {limit:.2f}"
+            reasons[channel] = f"{name} {values[channel]:.3f} {relation} {limit:.2f}"
         mask &= ~fails
     return mask, reasons
 

@@ -324,7 +324,7 @@ def test_least_squares_partner_is_no_worse_than_the_cropped_hilbert_partner():
 
 # Largest and mean share on the wrong side under the prior, over orientations and phases, measured (0.074, 0.063,
 # 0.042, 0.011, 0.018 the largest) and rounded up by about a tenth. The optimum over all V on the taps, so no change of
-# the method, but only one of the prior, can move these. The cropped Hilbert partner has a mean share of 0.30 at the top.
+# the method, but only one of the prior, can move these. The cropped Hilbert partner's mean share in the first is 0.30.
 WRONG_SIDE_BOUNDS = {
     (0.6, 0.9): (0.082, 0.05),
     (0.9, 1.2): (0.07, 0.037),
