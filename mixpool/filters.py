@@ -131,7 +131,7 @@ def frequency_grid(size: int, device: torch.device | None = None, dtype: torch.d
 def center_frequency(weight: Tensor, refinements: int = 2, *, power: Tensor | None = None) -> Tensor:
     """Centre frequency of each filter: the energy's centroid over the half plane around its peak.
 
-    Differentiable with respect to the weight (the choice of the half plane is not). A zero filter gets (0, 0).
+    Differentiable with respect to the weight (the choice of the peak is not). A zero filter gets (0, 0).
 
     Args:
         weight: (C, I, kH, kW).
@@ -146,7 +146,7 @@ def center_frequency(weight: Tensor, refinements: int = 2, *, power: Tensor | No
     peak = power.detach().masked_fill(~upper, -1).flatten(1).argmax(dim=1)
     frequency = grid.flatten(0, 1)[peak]
     for _ in range(1 + refinements):
-        share = _half_plane_share(power, grid, frequency.detach())
+        share = _half_plane_share(power, grid, frequency)
         frequency = torch.einsum("cyx,yxd->cd", share, grid)
     return torch.where(_is_upper(frequency)[:, None], frequency, -frequency)
 
@@ -161,7 +161,7 @@ def bandwidth(weight: Tensor, frequency: Tensor | None = None, *, power: Tensor 
     power = power_spectrum(weight) if power is None else power
     grid = frequency_grid(power.shape[-1], power.device, power.dtype)
     frequency = center_frequency(weight, power=power) if frequency is None else frequency.to(power)
-    share = _half_plane_share(power, grid, frequency.detach())
+    share = _half_plane_share(power, grid, frequency)
     squared_distance = (grid - frequency[:, None, None, :]).square().sum(dim=-1)
     variance = (share * squared_distance).sum(dim=(1, 2))
     # As for the modulus: no gradient rather than NaN where the filter is zero.
@@ -180,7 +180,7 @@ def concentration(
     size = power.shape[-1]
     grid = frequency_grid(size, power.device, power.dtype)
     frequency = center_frequency(weight, power=power) if frequency is None else frequency.to(power)
-    share = _half_plane_share(power, grid, frequency.detach())
+    share = _half_plane_share(power, grid, frequency)
     window_y, window_x = (max(1, math.floor(size / (2 * step))) for step in pair(stride))
     # Sums over all window positions at once: differences of the wrapped cumulative sum along each axis.
     share = torch.cat([share, share[:, : window_y - 1]], dim=1).cumsum(dim=1)
@@ -324,8 +324,9 @@ def half_plane_side(grid: Tensor, direction: Tensor) -> Tensor:
     A bin that the dividing line cuts counts in part, so that the result is continuous in the direction and no rounding
     decides it; 0 everywhere for direction (0, 0).
     """
-    length = direction.norm(dim=1, keepdim=True).clamp_min(torch.finfo(direction.dtype).tiny)
-    projection = torch.einsum("...d,cd->c...", grid, (direction / length).to(grid))
+    length = direction.norm(dim=1, keepdim=True)
+    direction = direction / torch.where(length > 0, length, 1.0)
+    projection = torch.einsum("...d,cd->c...", grid, direction.to(grid))
     half_bin = (grid[0, 1, 1] - grid[0, 0, 1]) / 2
     return (projection / half_bin).clamp(-1, 1)
 

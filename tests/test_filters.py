@@ -142,8 +142,7 @@ def test_concentration_against_a_search_over_all_windows(stride):
     sides = [max(1, int(65 / (2 * step))) for step in stride]  # bins in pi / stride
     for channel, (fy, fx) in enumerate(center_frequency(weight).tolist()):
         energy = (np.abs(np.fft.fft2(weight[channel].numpy(), s=(65, 65))) ** 2).sum(0)
-        projection = (grid[:, None] * fy + grid * fx) / np.hypot(fy, fx)
-        energy *= np.where(np.abs(projection) < 1e-4, 0.5, projection > 0)  # on the dividing line: half
+        energy *= (1 + side_of(grid[:, None], grid, torch.tensor((fy, fx)), 65)) / 2
         energy /= energy.sum()
         best = max(
             np.roll(energy, (-i, -j), (0, 1))[: sides[0], : sides[1]].sum() for i in range(65) for j in range(65)
@@ -201,10 +200,10 @@ def prior(fy: np.ndarray, fx: np.ndarray) -> np.ndarray:
     return (fy**2 + fx**2 + 0.01**2) ** -1.5
 
 
-def side_of(fy: np.ndarray, fx: np.ndarray, direction: Tensor) -> np.ndarray:
-    """1, -1, and 0 at DC: frequencies on the dividing line go to the side that a turn by 1e-6 rad gives them."""
+def side_of(fy: np.ndarray, fx: np.ndarray, direction: Tensor, size: int = PRIOR_SIZE) -> np.ndarray:
+    """The sign of <xi, direction>; in the bins that the dividing line cuts, rising from -1 to 1 across one bin."""
     dy, dx = direction.tolist()
-    return np.sign(fy * (dy + 1e-6 * dx) + fx * (dx - 1e-6 * dy))
+    return np.clip((fy * dy + fx * dx) / math.hypot(dy, dx) / (math.pi / size), -1, 1)
 
 
 def brute_force_partner(weight: Tensor, direction: Tensor) -> Tensor:
@@ -267,19 +266,19 @@ def test_hilbert_partner_is_the_cropped_directional_transform(size):
     axis = 2 * np.pi * np.fft.fftfreq(33)
     fy, fx = (f.ravel() for f in np.meshgrid(axis, axis, indexing="ij"))
     wave = np.exp(-1j * (np.arange(size[0])[:, None, None] * fy + np.arange(size[1])[None, :, None] * fx))
-    spectrum = -1j * np.sign(0.8 * fy + 0.3 * fx) * np.einsum("yx,yxf->f", weight[0, 0].numpy(), wave)
+    spectrum = -1j * side_of(fy, fx, direction[0], 33) * np.einsum("yx,yxf->f", weight[0, 0].numpy(), wave)
     expected = np.einsum("f,yxf->yx", spectrum, wave.conj()).real / 33**2
     assert_close("hilbert", hilbert_partner(weight, direction, 33)[0, 0], expected)
 
 
 def energies(weight: Tensor, partner: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """(wrong, total) energy of W + iV under the prior, summed by numpy; DC counts half."""
+    """(wrong, total) energy of W + iV under the prior, summed by numpy."""
     axis = 2 * np.pi * np.fft.fftfreq(PRIOR_SIZE)
     prior = (axis[:, None] ** 2 + axis**2 + 0.01**2) ** -1.5
     wrong, total = [], []
-    for w, v, (dy, dx) in zip(weight.numpy(), partner.numpy(), direction.tolist()):
+    for w, v, d in zip(weight.numpy(), partner.numpy(), direction):
         energy = (np.abs(np.fft.fft2(w + 1j * v, s=(PRIOR_SIZE, PRIOR_SIZE))) ** 2).sum(0) * prior
-        side = np.sign(axis[:, None] * dy + axis * dx)
+        side = side_of(axis[:, None], axis, d)
         wrong.append((energy * (1 - side) / 2).sum())
         total.append(energy.sum())
     return torch.tensor(wrong), torch.tensor(total)
@@ -388,17 +387,30 @@ def test_gradients_are_finite_also_of_a_zero_filter(dtype):
 
 
 def test_gradients_against_finite_differences():
+    """At a fixed half plane, which is a choice and not differentiated."""
     weight = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     direction = center_frequency(weight).detach()
     for function in (
-        center_frequency,
-        bandwidth,
+        lambda w: bandwidth(w, direction),
         lambda w: concentration(w, 2, direction),
         dc_share,
         lambda w: slow_share(w, 2),
         lambda w: analytic_partner(w, direction),
     ):
         assert torch.autograd.gradcheck(function, (weight,))
+
+
+def test_gradient_of_the_center_frequency():
+    """Of a wave: the derivative with respect to its own frequency is 1, and with respect to its amplitude 0."""
+    frequency = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    at = torch.arange(25, dtype=torch.float64) - 12
+    envelope = torch.exp(-(at[:, None] ** 2 + at**2) / (2 * 3.5**2))
+    weight = (torch.cos(frequency * (0.6 * at[:, None] + 0.8 * at)) * envelope)[None, None]
+    fy, fx = center_frequency(weight)[0]
+    for component, expected in ((fy, 0.6), (fx, 0.8)):
+        grads = torch.autograd.grad(component, (frequency, weight), retain_graph=True)
+        assert_close("frequency", grads[0], torch.tensor(expected), (0.01, 0))
+        assert_close("amplitude", (grads[1] * weight).sum(), torch.tensor(0.0))
 
 
 def test_zero_filters():
