@@ -16,23 +16,16 @@ from torch import Tensor, nn
 
 from benchmarks.sample import RECORDS, difference_interval, logits, photos, shifted, split, squeezenet
 from mixpool import convert, records
+from mixpool.stability import relative_change
 
 SHIFTS = {"h1": (0, 1), "d1": (1, 1), "h2": (0, 2), "d2": (2, 2), "h4": (0, 4), "d4": (4, 4)}
 
 
 @torch.no_grad()
-def relative_change(stem: nn.Module, images: Tensor, channels: Tensor, dx: int = 1) -> Tensor:
-    """(channels,) rms change of the stem's output under a horizontal shift, divided by the output's std."""
-    squared = total = square = 0.0
-    count = 0
-    for batch in images.split(50):
-        here, there = (stem(shifted(batch, 0, d))[:, channels].double() for d in (0, dx))
-        squared = squared + (there - here).square().sum(dim=(0, 2, 3))
-        total = total + here.sum(dim=(0, 2, 3))
-        square = square + here.square().sum(dim=(0, 2, 3))
-        count += here.numel() // here.shape[1]
-    std = (square / count - (total / count).square()).sqrt()
-    return (squared / count).sqrt() / std
+def stem_change(stem: nn.Module, images: Tensor, channels: Tensor) -> Tensor:
+    """(channels,) change of the stem's output under a horizontal shift by 1 pixel, see `mixpool.stability`."""
+    here, there = (torch.cat([stem(shifted(b, 0, dx))[:, channels] for b in images.split(50)]) for dx in (0, 1))
+    return relative_change(here, there)
 
 
 def stability(reference: Tensor, moved: Tensor) -> dict[str, float]:
@@ -52,8 +45,8 @@ def main() -> None:
         model = squeezenet()
         report = convert(model, images=shifted(images[calibration]) if with_images else None)
         swapped = torch.tensor(report.plan.is_modulus).nonzero()[:, 0]
-        before = relative_change(stock.features[:3], images[others], swapped)
-        after = relative_change(model.features[:3], images[others], swapped)
+        before = stem_change(stock.features[:3], images[others], swapped)
+        after = stem_change(model.features[:3], images[others], swapped)
         outputs = {name: logits(model, shifted(images[others], *s)) for name, s in {"0": (0, 0), **SHIFTS}.items()}
         right = outputs["0"].argmax(dim=1) == labels[others]
         right_of_stock = stock_logits["0"][others].argmax(dim=1) == labels[others]

@@ -77,7 +77,7 @@ def module_inputs(model: nn.Module, conv: nn.Module, batches: list[Tensor]) -> l
         with evaluating(model):
             for batch in batches:
                 try:
-                    model(batch.to(weight.device, weight.dtype))
+                    _run(model, batch.to(weight.device, weight.dtype))
                 except _Reached:
                     pass
     finally:
@@ -93,8 +93,16 @@ def outputs_of(model: nn.Module, batches: list[Tensor]) -> Tensor | None:
     outputs = []
     with evaluating(model):
         for batch in batches:
-            out = model(batch.to(parameter.device, parameter.dtype))
+            out = _run(model, batch.to(parameter.device, parameter.dtype))
             if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2:
                 return None
             outputs.append(out.float().cpu())
     return torch.cat(outputs)
+
+
+def _run(model: nn.Module, batch: Tensor) -> object:
+    """The model's output; what goes wrong inside says which images it was."""
+    try:
+        return model(batch)
+    except RuntimeError as error:
+        raise ValueError(f"the model cannot run on the images, a batch of {tuple(batch.shape)}: {error}") from error
