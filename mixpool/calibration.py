@@ -92,9 +92,9 @@ def calibrate(stem: MixPoolStem, fits: Fits) -> None:
     stem.calibration[index] = torch.stack([gain, offset], dim=1).to(stem.calibration.dtype)
     before = {name: tensor.clone() for name, tensor in _calibrated_tensors(stem).items()}
     gain, offset = stem.calibration.float().unbind(dim=1)
+    after = {name: _apply(name, tensor, gain, offset).to(tensor.dtype) for name, tensor in before.items()}
     for name, tensor in _calibrated_tensors(stem).items():
-        tensor.copy_(_apply(name, tensor, gain, offset))
-    after = {name: tensor.clone() for name, tensor in _calibrated_tensors(stem).items()}
+        tensor.copy_(after[name])
     stem.before_calibration = {name: (after[name], before[name]) for name in before}
 
 

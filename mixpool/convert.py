@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from mixpool.layers import MixPoolStem, pool_geometry
 from mixpool.probe import first_batches, module_inputs, outputs_of
 from mixpool.report import ConversionReport, agreement_of
 from mixpool.selection import Select
+
+FEW_IMAGES = 16  # below, the report says that the measured numbers are not to be trusted
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -45,10 +47,11 @@ def convert(
 ) -> ConversionReport:
     """Replace a model's stem (conv, norm, activation, max pool) by a MixPoolStem, in place, all or nothing.
 
-    The stem is found by data flow. The parameters are the same objects before and after, so an optimizer stays valid;
-    the convolution's keys stay, the norm layer's move below it (`bn1.*` -> `conv1.bn.*`), and stock checkpoints load
-    as before. Load weights first and convert second: the channels are chosen by their filters. Convert before
-    torch.compile, DistributedDataParallel and EMA.
+    The stem is found by data flow. The parameters are the same objects before and after, so an optimizer stays valid
+    (`imag="free"` adds one, `weight_imag`, that it does not know yet); the convolution's keys stay, the norm layer's
+    move below it (`bn1.*` -> `conv1.bn.*`), and stock checkpoints load as before. Load weights first and convert
+    second: the channels are chosen by their filters. Convert before torch.compile, DistributedDataParallel and EMA.
+    A model of several stems takes several calls: the first finds the first stem, `stem=` names the others.
 
     Args:
         model: a timm, torchvision or own model, pretrained or not, training or not.
@@ -56,7 +59,7 @@ def convert(
             "all", "none", C_out booleans, or a function of FilterStats that returns such.
         blur: 3 for a binomial mean of the modulus over the pooling window, 1 for its centre alone (paper 2's CMod).
         max_blur: 3 to pool the max channels as BlurPool does; a model built with BlurPool keeps it (3).
-        imag: "tied": the imaginary filters follow the real ones; "free": they are parameters of their own.
+        imag: "tied": the imaginary filters follow the real ones; "free": they are a parameter of their own.
         images: normalised input batches of the model, (N, C, H, W), or an iterable of images or batches (a data
             loader's (images, labels) too; at most 512 images are used): measures each candidate, calibrates the
             swapped channels' affine maps, and measures what the conversion does to the model's outputs.
@@ -72,7 +75,7 @@ def convert(
         >>> convert(model, select="all").num_modulus
         64
     """
-    _check_model(model)
+    _check_model(model, stem)
     found = find_stem(model, stem)
     if found.taps and not _feature_entries(model, found):
         raise StemError(
@@ -93,6 +96,10 @@ def convert(
         before = None if batches is None else outputs_of(model, batches)
         inputs = None if batches is None else module_inputs(model, conv, batches)
         norm = None if found.norm is None else found.modules[found.norm]
+        undo.append(_values_restorer(conv, norm))
+        is_shared = _is_shared(model, conv, norm)
+        if is_shared and images is not None:
+            notes.append("not calibrated: a parameter of the stem is used elsewhere in the model too")
         mixed = MixPoolStem(
             conv,
             norm,
@@ -103,8 +110,8 @@ def convert(
             max_blur=max_blur,
             imag=imag,
             images=inputs,
+            calibrated=not is_shared,
         )
-        undo.append(lambda: _restore_values(mixed))
         mixed.stock = StockParts(
             names={
                 part: name
@@ -114,8 +121,19 @@ def convert(
             modules={},
         )
         notes += _swap(model, found, mixed, undo)
+        if imag == "free":
+            notes.append(f"{found.conv}.weight_imag is a new parameter: an optimizer built before does not train it")
+        num_images = 0 if batches is None else sum(len(batch) for batch in batches)
+        if 0 < num_images < FEW_IMAGES:
+            notes.append(
+                f"only {num_images} image(s) to measure and calibrate on: give {FEW_IMAGES} or more to trust it"
+            )
         after = None if before is None else outputs_of(model, batches)
-        agreement = None if before is None or after is None else agreement_of(before, after)
+        agreement = None
+        if before is not None and after is not None and torch.isfinite(before).all():
+            agreement = agreement_of(before, after)
+        elif before is not None:
+            notes.append("the model's outputs on the images were not finite before the conversion")
     except BaseException:
         for step in reversed(undo):
             step()
@@ -172,15 +190,15 @@ def revert(model: nn.Module) -> nn.Module:
 # --- checks before anything is touched --------------------------------------------------------------------------------
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, stem: str | None) -> None:
     if not isinstance(model, nn.Module):
         raise StemError(f"expected a torch.nn.Module, got {type(model).__name__}")
     _check_wrappers(model)
     stems = converted_stems(model)
-    if stems:
+    if stems and (stem is None or stem in stems):
         raise StemError(
             f"the model is converted already: found a MixPoolStem at {', '.join(map(repr, stems))}; "
-            "call revert(model) first"
+            "call revert(model) first, or name the convolution of another stem"
         )
 
 
@@ -214,8 +232,8 @@ def _swap(model: nn.Module, found: FoundStem, mixed: MixPoolStem, undo: list) ->
         left = sum(len(getattr(module, attribute, ())) for attribute in _KEPT_BEHIND)
         if left and part != "norm":
             notes.append(f"{left} state-dict hook(s) of {name} wait for revert()")
-        _set_submodule(model, name, replacement)
         undo.append(lambda name=name, module=module: _set_submodule(model, name, module))
+        _set_submodule(model, name, replacement)
     holder = _key_holder(model, "", stock.names)
     if holder is not None:
         above = _common_prefix(stock.names)
@@ -242,6 +260,29 @@ def _strided_pool(pool: nn.MaxPool2d, blur: nn.Module) -> nn.MaxPool2d:
     if geometry.size != (3, 3) or geometry.padding != (1, 1) or geometry.ceil_mode:
         raise StemError(f"expected a max pool of size 3 and padding 1 before the blur, found {pool}")
     return nn.MaxPool2d(pool.kernel_size, blur.stride, pool.padding)
+
+
+def _values_restorer(conv: nn.Conv2d, norm: nn.Module | None) -> Callable[[], None]:
+    """A function that gives the tensors which `calibrate` may change the values they have now."""
+    tensors = [t for t in _own_tensors(conv, norm) if t is not None]
+    values = [tensor.detach().clone() for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.data.copy_(value)
+
+    return restore
+
+
+def _own_tensors(conv: nn.Conv2d, norm: nn.Module | None) -> list[Tensor | None]:
+    return [conv.weight, conv.bias, *([] if norm is None else [norm.weight, norm.bias])]
+
+
+def _is_shared(model: nn.Module, conv: nn.Conv2d, norm: nn.Module | None) -> bool:
+    """Whether a parameter that `calibrate` may change has another place in the model."""
+    own = {id(tensor) for tensor in _own_tensors(conv, norm) if tensor is not None}
+    places = [id(p) for _, p in model.named_parameters(remove_duplicate=False) if id(p) in own]
+    return len(places) > len(set(places))
 
 
 def _restore_values(stem: MixPoolStem) -> None:

@@ -18,7 +18,7 @@ SPECTRUM_SIZE = 65  # odd, so that no bin is its own mirror image but DC
 PRIOR_SIZE = 255  # side of the frequency grid on which the partner is fitted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FilterStats:
     """The numbers that describe each filter of a convolution. All tensors are on the CPU.
 
@@ -112,14 +112,13 @@ def power_spectrum(weight: Tensor, size: int | None = None) -> Tensor:
         weight: (C, I, kH, kW), any float dtype.
         size: odd side G of the zero-padded grid, at least the kernel's; default 65, more for kernels above 16 taps.
     Returns:
-        (C, G, G), bin (i, j) at the frequencies `frequency_grid(G)[i, j]`; float64 or float32.
+        (C, G, G) float64, bin (i, j) at the frequencies `frequency_grid(G)[i, j]`.
     """
     weight = _check_weight(weight)
     size = _spectrum_size(weight) if size is None else size
     if size % 2 == 0 or size < max(weight.shape[-2:]):
         raise ValueError(f"expected an odd size of at least {max(weight.shape[-2:])}, got {size=}")
-    weight = weight if weight.dtype == torch.float64 else weight.float()
-    return torch.fft.fft2(weight, s=(size, size)).abs().square().sum(dim=1)
+    return torch.fft.fft2(weight.double(), s=(size, size)).abs().square().sum(dim=1)
 
 
 def frequency_grid(size: int, device: torch.device | None = None, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -135,5 +135,5 @@ def check_pooling(pool: PoolGeometry, blur: int, max_blur: int) -> None:
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """channels_last if the channels of `x` lie side by side (also in a crop), else contiguous."""
-    is_channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    is_channels_last = x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
     return torch.channels_last if is_channels_last else torch.contiguous_format

@@ -51,9 +51,9 @@ class MixPoolStem(nn.Module):
         modulus channels  act(|a| binomial mean over the window of |conv(x; W + iV)| + b)
 
     The module owns the convolution's own `weight` and `bias` (the same Parameters) and the norm layer as its child
-    `bn`. Its new state is the buffer `plan`, (C_out, 2) int32: the kind of each channel with its blur, and the
-    direction of its frequency in 0.01 degree, on which V depends; and the buffer `calibration`, (C_out, 2): the gain
-    and the offset that `calibrate` folded into the parameters (1 and 0 if none).
+    `bn`. Its new state is the buffer `plan`, (C_out, 3): the kind of each channel with its blur, and the direction of
+    its frequency in 0.01 degree, on which V depends (`ChannelPlan.encode`); and the buffer `calibration`, (C_out, 2):
+    the gain and the offset that `calibrate` folded into the parameters (1 and 0 if none).
 
     Args:
         conv: nn.Conv2d with zero padding and groups=1.
@@ -67,6 +67,7 @@ class MixPoolStem(nn.Module):
             `weight_imag`, and starts there.
         images: a batch of the stem's input, (N, C_in, H, W), or an iterable of them, by which `select="auto"`
             measures its candidates and calibrates the affine maps of the channels it swaps.
+        calibrated: False to measure on the images only.
     Raises:
         ValueError: a part cannot be taken over; the message names it.
     Reference: Leterme et al., arXiv 2209.11740 and arXiv 2212.00394.
@@ -93,6 +94,7 @@ class MixPoolStem(nn.Module):
         max_blur: int = 1,
         imag: str = "tied",
         images: Tensor | Iterable[Tensor] | None = None,
+        calibrated: bool = True,
     ) -> None:
         super().__init__()
         pool = nn.MaxPool2d(3, 2, 1) if pool is None else pool
@@ -112,7 +114,7 @@ class MixPoolStem(nn.Module):
         self.bn, self.act = norm, _without_hooks(act)
         self.training = conv.training
         self.stock: Any = None  # checkpoint.StockParts, set by convert
-        self.before_calibration: dict[str, tuple[Tensor, Tensor]] | None = None  # see selection.stock_values
+        self.before_calibration: dict[str, tuple[Tensor, Tensor]] | None = None  # see calibration.stock_values
         plan, fits = make_plan(select, self, images)
         self.channel_plan: ChannelPlan | None = plan
         self.register_buffer("plan", plan.encode(blur, max_blur).to(self.weight.device))
@@ -123,7 +125,7 @@ class MixPoolStem(nn.Module):
         self._adopt_plan()
         if imag == "free":
             self._start_free_partner(self.weight)
-        if fits is not None:
+        if fits is not None and calibrated:
             calibrate(self, fits)
 
     # ------------------------------------------------------------------------------------------------------- the plan
@@ -145,7 +147,7 @@ class MixPoolStem(nn.Module):
     def _adopt_plan(self) -> None:
         """Set everything that follows from the `plan` buffer: the channel lists, the blurs and the partner map."""
         plan = self.plan.cpu()
-        self._codes = tuple(plan[:, 0].tolist())
+        self._codes = ChannelPlan.decode_codes(plan)
         channels = split_channels([code & 1 for code in self._codes], self.weight.device)
         self.register_buffer("max_index", channels.max, persistent=False)
         self.register_buffer("modulus_index", channels.modulus, persistent=False)
@@ -262,10 +264,11 @@ class MixPoolStem(nn.Module):
         state_dict = {**state_dict, **added} if added else state_dict
         old_plan, old_calibration = self.plan.clone(), self.calibration.clone()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
-        if not torch.equal(old_plan, self.plan):
-            self._adopt_plan()
+        if not self.plan.is_meta:
+            self._adopt_plan()  # also where the plan is the old one: .to_empty() leaves garbage in what follows from it
+        if not _is_same(old_plan, self.plan):
             self.channel_plan = None  # its reasons were those of other weights
-        if not torch.equal(old_calibration, self.calibration):
+        if not _is_same(old_calibration, self.calibration):
             self.before_calibration = None
         if free_start and weight.shape == self.weight.shape:
             self._start_free_partner(weight)
@@ -335,6 +338,10 @@ def _without_hooks(act: nn.Module) -> nn.Module:
         for name in names:
             setattr(act, name, OrderedDict())
     return act
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and not a.is_meta and torch.equal(a, b)
 
 
 def _describe(module: nn.Module) -> str:

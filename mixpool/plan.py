@@ -14,7 +14,7 @@ from mixpool.filters import FilterStats
 KINDS = ("max", "modulus")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelPlan:
     """What was decided for each channel, with the numbers that decided it.
 
@@ -40,27 +40,39 @@ class ChannelPlan:
         return sum(self.is_modulus)
 
     def encode(self, blur: int, max_blur: int) -> Tensor:
-        """(C, 2) int32, the form in which a checkpoint keeps the plan.
+        """(C, 3) float32 of small integers, the form in which a checkpoint keeps the plan.
 
-        Column 0: 0 max, 1 modulus, plus 2 if that kind is blurred. Column 1: direction of the frequency vector in
-        units of 0.01 degree, in [-18000, 18000]; integers survive .half(), EMA and every file format (int16 would
-        be enough, but gloo and nccl cannot broadcast it).
+        Column 0: 0 max, 1 modulus, plus 2 if that kind is blurred. Columns 1 and 2: direction of the frequency vector
+        in units of 0.01 degree, as 200 * (-90 .. 90) + (0 .. 199). Integers up to 256 as floats, decoded by rounding,
+        survive .half() and .bfloat16(), every moving average (which truncates integer buffers) and DDP.
         """
         blurred = {"max": max_blur == 3, "modulus": blur == 3}
         code = [KINDS.index(kind) + 2 * blurred[kind] for kind in self.kinds]
         angle = torch.atan2(self.stats.center_frequency[:, 0], self.stats.center_frequency[:, 1])
-        direction = (angle * (18000 / math.pi)).round()
-        return torch.stack([torch.tensor(code, dtype=torch.float64), direction], dim=1).to(torch.int32)
+        units = (angle * (18000 / math.pi)).round()
+        coarse = (units / 200).floor()
+        return torch.stack([torch.tensor(code, dtype=torch.float64), coarse, units - 200 * coarse], dim=1).float()
+
+    @staticmethod
+    def decode_codes(encoded: Tensor) -> tuple[int, ...]:
+        """Column 0 of `encode`; ValueError if it is damaged."""
+        codes = encoded[:, 0].double().round().tolist()
+        if not all(code in (0, 1, 2, 3) for code in codes) or not torch.isfinite(encoded).all():
+            raise ValueError(
+                f"expected the checkpoint's plan to hold kinds 0 to 3 and directions, got {encoded!r:.200}"
+            )
+        return tuple(int(code) for code in codes)
 
     @staticmethod
     def decode_direction(encoded: Tensor) -> Tensor:
         """(C, 2) float64 unit vectors (fy, fx) from `encode`."""
-        angle = encoded[:, 1].double() * (math.pi / 18000)
+        coarse, fine = encoded[:, 1:].double().round().unbind(dim=1)
+        angle = (200 * coarse + fine) * (math.pi / 18000)
         return torch.stack([angle.sin(), angle.cos()], dim=1)
 
     @staticmethod
     def decode_blurs(codes: Sequence[int]) -> tuple[int | None, int | None]:
-        """(max_blur, blur) from column 0 of `encode`; None for a kind that no channel has."""
+        """(max_blur, blur) from `decode_codes`; None for a kind that no channel has."""
         blurs = [{3 if code & 2 else 1 for code in codes if code & 1 == kind} for kind in (0, 1)]
         if any(len(values) > 1 for values in blurs):
             raise ValueError("expected one blur for all channels of a kind in the checkpoint's plan, got several")

@@ -19,6 +19,8 @@ def batches_of(images: Tensor | Iterable[Tensor], channels: int | None = None) -
         raise ValueError(f"expected images as a float tensor (N, C, H, W) or an iterable of such, got {images!r}")
     for item in images:
         batch = item[0] if isinstance(item, (tuple, list)) and len(item) > 0 else item
+        if item is not batch and any(isinstance(other, Tensor) and other.ndim >= 3 for other in item[1:]):
+            raise ValueError("expected each item of images to be a tensor or (tensor, labels), got a list of images")
         if isinstance(batch, Tensor) and batch.ndim == 3:
             batch = batch[None]
         good = isinstance(batch, Tensor) and batch.ndim == 4 and batch.is_floating_point()

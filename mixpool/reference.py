@@ -106,7 +106,7 @@ def convolve_and_pool(
             mean(|z|^2) / 2 over the positions computed for modulus channels (paper 2's non-centred rule).
     """
     all_max, all_modulus = len(channels.max) == len(weight), len(channels.modulus) == len(weight)
-    as_channels_last = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    as_channels_last = x.device.type == "cpu" and not torch.compiler.is_compiling() and not _in_functorch()
     pooled_max = pooled_modulus = max_moments = modulus_moments = None
     # On CPU, PyTorch pools channels_last tensors about ten times faster. An all-max plan convolves in the layout that
     # came in, so that it repeats the stock convolution bit by bit.
@@ -179,10 +179,13 @@ def binomial_decimate(out: Tensor, pool: PoolGeometry) -> Tensor:
 
 
 def modulus(re: Tensor, im: Tensor) -> Tensor:
-    """sqrt(re^2 + im^2) in float32 or better, with derivative 0 where both are 0 (a plain sqrt or hypot gives NaN)."""
+    """sqrt(re^2 + im^2) in float32 or better, with derivative 0 where both are 0 (a plain sqrt or hypot gives NaN).
+
+    With gradients the squares are taken as they are, so float32 wants values between 1e-18 and 1e18.
+    """
     if re.dtype in (torch.float16, torch.bfloat16):
         re, im = re.float(), im.float()
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
         return torch.hypot(re, im)  # one pass; its derivative is the one that is wrong at 0
     energy = torch.addcmul(re * re, im, im)
     is_zero = energy == 0
@@ -303,6 +306,9 @@ def activate_and_merge(
     if max_part is None or modulus_part is None:
         part = modulus_part if max_part is None else max_part
         return part.contiguous(memory_format=memory_format)
+    if _in_functorch():  # vmap can neither fill a new tensor in place nor lay one out
+        order = torch.cat([channels.max, channels.modulus]).argsort()
+        return torch.cat([max_part, modulus_part], dim=1).index_select(1, order)
     size = (max_part.shape[0], len(channels.max) + len(channels.modulus), *max_part.shape[-2:])
     out = torch.empty(size, dtype=max_part.dtype, device=max_part.device, memory_format=memory_format)
     return out.index_copy_(1, channels.max, max_part).index_copy_(1, channels.modulus, modulus_part)
@@ -323,6 +329,11 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     if tensor.device.type == "meta":
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _in_functorch() -> bool:
+    """Whether torch.func transforms the call (vmap cannot change memory formats)."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _unreached(size: int, stride: int, padding: int, center: int, ceil_mode: bool) -> int:

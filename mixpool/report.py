@@ -24,7 +24,7 @@ class Agreement:
     num_images: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConversionReport:
     """What `convert` found, decided and changed; `print` it.
 

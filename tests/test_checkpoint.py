@@ -323,6 +323,20 @@ def test_a_stock_model_filled_from_meta_by_assign(x):
     assert torch.equal(outputs(target, x), outputs(source, x))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_converted_model_filled_from_meta(assign: bool, x):
+    """What follows from the plan (indices, partner) is made anew, also where the plan itself is the same."""
+    source = resnet()
+    report = convert(source, select=half_of)
+    target = resnet()
+    convert(target, select=report.kinds)
+    target.to("meta")
+    if not assign:
+        target.to_empty(device="cpu")
+    target.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(outputs(target.eval(), x), outputs(source, x))
+
+
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 

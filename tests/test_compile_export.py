@@ -177,3 +177,19 @@ def test_functional_gradients():
     expected = torch.autograd.grad(stem(x), list(parameters.values()), upstream)
     for (name, grad), other in zip(torch.func.grad(loss)(parameters).items(), expected, strict=True):
         assert_close(name, grad, other)
+
+
+def test_per_sample_gradients():
+    stem = MixPoolStem(*stem_parts(dtype=torch.float64), select=MIXED).eval()
+    parameters = dict(stem.named_parameters())
+    x = torch.randn(3, 3, 17, 14, dtype=torch.float64)
+    upstream = torch.randn_like(stem(x))
+
+    def loss(values, image, weights):
+        return (torch.func.functional_call(stem, values, (image[None],)) * weights).sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, upstream)
+    for sample in range(len(x)):
+        alone = torch.autograd.grad(stem(x[sample : sample + 1]), list(parameters.values()), upstream[sample][None])
+        for (name, grads), expected in zip(together.items(), alone, strict=True):
+            assert_close(f"{name} of {sample}", grads[sample], expected)

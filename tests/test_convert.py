@@ -759,3 +759,36 @@ def test_the_pretrained_order_load_then_convert():
     assert str(report).count("\n") >= 64
     with pytest.raises(StemError, match="converted already"):
         convert(model)
+
+
+class TwoBranches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Net(), Net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def test_two_stems_are_converted_and_reverted_one_by_one(images):
+    model = TwoBranches().eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    before = model(images)
+    first = next(name for name, module in model.a.named_modules() if isinstance(module, nn.Conv2d))
+    convert(model, select="all")
+    with pytest.raises(ValueError, match="converted already.*another stem"):
+        convert(model)
+    convert(model, select="all", stem=f"b.{first}")
+    assert len([m for m in model.modules() if isinstance(m, mixpool.MixPoolStem)]) == 2
+    assert not torch.equal(model(images), before)
+    stock = mixpool.stock_state_dict(model)
+    assert list(stock) == list(state) and all(torch.equal(stock[key], state[key]) for key in state)
+    mixpool.revert(model)
+    assert list(model.state_dict()) == list(state)
+    assert torch.equal(model(images), before)
+
+
+def test_too_few_images_and_new_parameters_are_said(images):
+    report = convert(Net(), images=images[:1], select="all", imag="free")
+    assert any("only 1 image" in note for note in report.notes)
+    assert any("weight_imag is a new parameter" in note for note in report.notes)
