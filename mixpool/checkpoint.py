@@ -37,8 +37,13 @@ class StockKeys:
         self.old, self.new = f"{norm}.", f"{conv}.bn."
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        for key in [key for key in state_dict if key.startswith(prefix + self.old)]:
+        stock = [key for key in state_dict if key.startswith(prefix + self.old)]
+        for key in stock:
             state_dict[prefix + self.new + key[len(prefix + self.old) :]] = state_dict.pop(key)
+        conv = self.new.removesuffix("bn.")
+        if stock and f"{prefix}{conv}calibration" not in state_dict:
+            stem = module.get_submodule(conv.rstrip("."))
+            stem.calibration[:, 0], stem.calibration[:, 1] = 1, 0  # these values were never calibrated
 
 
 def converted_stems(model: nn.Module) -> dict[str, MixPoolStem]:

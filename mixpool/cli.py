@@ -98,6 +98,10 @@ def run_demo_command(options: argparse.Namespace) -> None:
 
 def run_inspect_command(options: argparse.Namespace) -> None:
     model, report, photos = _load_and_convert(options)
+    if options.json:
+        print(json.dumps(report_as_dict(report, options, photos), indent=2, allow_nan=False))
+    else:
+        print(report)
     if options.plot is not None:
         from mixpool.checkpoint import converted_stems, stock_state_dict
         from mixpool.plots import plot_filter_bank, save_figure
@@ -105,11 +109,6 @@ def run_inspect_command(options: argparse.Namespace) -> None:
         (name,) = converted_stems(model)
         weight = stock_state_dict(model)[f"{name}.weight"]  # as it was before any calibration
         plot = save_figure(plot_filter_bank(weight, report), options.plot)
-    if options.json:
-        print(json.dumps(report_as_dict(report, options, photos), indent=2, allow_nan=False))
-    else:
-        print(report)
-    if options.plot is not None:
         print(f"picture: {plot}", file=sys.stderr if options.json else sys.stdout)
 
 
@@ -119,6 +118,8 @@ def run_convert_command(options: argparse.Namespace) -> None:
         raise ValueError(f"expected --output to be named *.safetensors, got {output}")
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"expected --output to be a file in an existing folder, got {output}")
+    if not os.access(output.parent, os.W_OK):
+        raise PermissionError(f"cannot write into {output.parent}")
     if output.exists():
         if options.checkpoint is not None and output.samefile(_existing(options.checkpoint)):
             raise ValueError(f"--output is the checkpoint itself: {output}")
@@ -141,6 +142,7 @@ def run_convert_command(options: argparse.Namespace) -> None:
         f"\nwrote {output}\n"
         "to use it: build the stock model, mixpool.convert(model"
         + (', imag="free"' if report.imag == "free" else "")
+        + (f', stem="{options.stem}"' if options.stem else "")
         + f'), model.load_state_dict(safetensors.torch.load_file("{output}"))'
     )
 
@@ -198,6 +200,8 @@ def parse_select(text: str) -> str | Callable[[FilterStats], list[bool]]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or not (last.isdecimal() if dash else True):
             raise ValueError(f"expected --select auto, all, none or channel numbers such as 0,4,10-15, got {text!r}")
+        if dash and int(last) < int(first):
+            raise ValueError(f"expected the range {part.strip()} of --select to go upwards")
         channels.update(range(int(first), int(last if dash else first) + 1))
 
     def mask(stats: FilterStats) -> list[bool]:
@@ -254,6 +258,7 @@ def report_as_dict(report: ConversionReport, options: argparse.Namespace, photos
 
 def write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """Write a model's state, all or nothing: into a file beside `path`, which then takes its name."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # Clones, since tensors that share memory (tied weights) are refused.
@@ -262,8 +267,11 @@ def write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) ->
     try:
         save_file(state, unfinished, metadata=metadata)
         os.replace(unfinished, path)
+    except SafetensorError as error:  # what it makes of a full disk or a read-only folder
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished.exists():
+            unfinished.unlink()
 
 
 def _headline(ours: float, stock: float) -> str:

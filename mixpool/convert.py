@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from mixpool.calibration import stock_values
 from mixpool.checkpoint import StockKeys, StockParts, converted_stems, stock_parts, unwrapped
 from mixpool.find import FoundStem, StemError, find_stem
-from mixpool.layers import MixPoolStem, pool_geometry
+from mixpool.layers import MixPoolStem, check_parts, pool_geometry
+from mixpool.plan import ChannelPlan
 from mixpool.probe import first_batches, module_inputs, outputs_of
 from mixpool.report import ConversionReport, agreement_of
-from mixpool.selection import Select
+from mixpool.selection import MIN_FIDELITY, Select
 
 FEW_IMAGES = 16  # below, the report says that the measured numbers are not to be trusted
 
@@ -87,6 +88,8 @@ def convert(
     if found.blur is not None:
         max_blur, pool = 3, _strided_pool(pool, found.modules[found.blur])
         notes.append(f"built with BlurPool: {found.blur} is part of the stem, so max_blur=3")
+    norm = None if found.norm is None else found.modules[found.norm]
+    check_parts(conv, norm, found.act_module, pool)
     if isinstance(select, str) and select == "auto" and not found.is_first:
         select = "none"
 
@@ -95,7 +98,6 @@ def convert(
         batches = None if images is None else first_batches(images)
         before = None if batches is None else outputs_of(model, batches)
         inputs = None if batches is None else module_inputs(model, conv, batches)
-        norm = None if found.norm is None else found.modules[found.norm]
         undo.append(_values_restorer(conv, norm))
         is_shared = _is_shared(model, conv, norm)
         if is_shared and images is not None:
@@ -133,7 +135,10 @@ def convert(
         if before is not None and after is not None and torch.isfinite(before).all():
             agreement = agreement_of(before, after)
         elif before is not None:
-            notes.append("the model's outputs on the images were not finite before the conversion")
+            notes.append("effect not measured: the model's outputs on the images were not finite before the conversion")
+        elif batches is not None:
+            notes.append("effect not measured: the model's output is not a table of logits (N, classes)")
+        notes += _nothing_selected(mixed.channel_plan)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -260,6 +265,17 @@ def _strided_pool(pool: nn.MaxPool2d, blur: nn.Module) -> nn.MaxPool2d:
     if geometry.size != (3, 3) or geometry.padding != (1, 1) or geometry.ceil_mode:
         raise StemError(f"expected a max pool of size 3 and padding 1 before the blur, found {pool}")
     return nn.MaxPool2d(pool.kernel_size, blur.stride, pool.padding)
+
+
+def _nothing_selected(plan: ChannelPlan) -> list[str]:
+    """A note if candidates were measured and none was good enough."""
+    if plan.num_modulus > 0 or plan.fidelity is None or plan.fidelity.isnan().all():
+        return []
+    best = plan.fidelity[~plan.fidelity.isnan()].max()
+    return [
+        f"no candidate's correlation with max pooling reached {MIN_FIDELITY} (best {best:.2f}; with blur=1 hardly any "
+        "does): everything stays on max pooling; leave the images out, or pass select=, to swap all the same"
+    ]
 
 
 def _values_restorer(conv: nn.Conv2d, norm: nn.Module | None) -> Callable[[], None]:

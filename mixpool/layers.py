@@ -68,6 +68,9 @@ class MixPoolStem(nn.Module):
         images: a batch of the stem's input, (N, C_in, H, W), or an iterable of them, by which `select="auto"`
             measures its candidates and calibrates the affine maps of the channels it swaps.
         calibrated: False to measure on the images only.
+    Where a scale of the norm layer is 0, the gradient of that scale is that of a positive one (the stock stem's is
+    that of the window's first position).
+
     Raises:
         ValueError: a part cannot be taken over; the message names it.
     Reference: Leterme et al., arXiv 2209.11740 and arXiv 2212.00394.
@@ -262,6 +265,13 @@ class MixPoolStem(nn.Module):
         if free_start:
             added[prefix + "weight_imag"] = self.weight_imag.detach()
         state_dict = {**state_dict, **added} if added else state_dict
+        plan = state_dict.get(prefix + "plan")
+        if isinstance(plan, Tensor) and plan.shape == self.plan.shape and not plan.is_meta:
+            try:  # before anything is changed
+                ChannelPlan.decode_blurs(ChannelPlan.decode_codes(plan))
+            except ValueError as error:
+                errors.append(f"{prefix}plan: {error}")
+                return
         old_plan, old_calibration = self.plan.clone(), self.calibration.clone()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
         if not self.plan.is_meta:

@@ -106,5 +106,7 @@ def _run(model: nn.Module, batch: Tensor) -> object:
     """The model's output; what goes wrong inside says which images it was."""
     try:
         return model(batch)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ValueError(f"the model cannot run on the images, a batch of {tuple(batch.shape)}: {error}") from error

@@ -256,9 +256,15 @@ def test_a_damaged_plan_is_refused():
     model = BUILDERS["timm"]()
     convert(model, select=half_of)
     state = copy.deepcopy(model.state_dict())
-    state["conv1.plan"][0, 0] ^= 2  # one modulus channel without blur, the others with
-    with pytest.raises((RuntimeError, ValueError), match="one blur for all channels"):
-        model.load_state_dict(state)
+    code = state["conv1.plan"][0, 0].clone()
+    for damage, message in (
+        (code - 2, "one blur for all channels"),
+        (code + 9, "kinds 0 to 3"),
+        (code * 0.3 - 5, "0 to 3"),
+    ):
+        state["conv1.plan"][0, 0] = damage  # the first: one modulus channel without blur, the others with
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            model.load_state_dict(state)
 
 
 def test_files(tmp_path, x):
@@ -321,6 +327,20 @@ def test_a_stock_model_filled_from_meta_by_assign(x):
     target.load_state_dict(source.state_dict(), assign=True)
     convert(target.eval(), select="none")
     assert torch.equal(outputs(target, x), outputs(source, x))
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9995, 0.9999])
+def test_a_truncating_moving_average_keeps_the_plan(decay: float, x):
+    """timm's ModelEmaV2 averages integer buffers too, by copy_ from float, which would wear an integer plan down."""
+    stem = resnet()
+    convert(stem, select=half_of)
+    stem = stem.conv1
+    average = timm.utils.ModelEmaV2(stem, decay=decay)
+    for _ in range(500):
+        average.update(stem)
+    target = copy.deepcopy(stem)
+    target.load_state_dict(average.module.state_dict())
+    assert target.kinds == stem.kinds and torch.equal(target.partner_map, stem.partner_map)
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -549,7 +548,7 @@ def test_state_dict_holds_the_stock_state_the_plan_and_the_calibration():
     norm_keys = {f"bn.{key}" for key in parts[1].state_dict()}
     stem = MixPoolStem(*parts, select=MIXED)
     assert set(stem.state_dict()) == {"weight", "bias", "plan", "calibration"} | norm_keys
-    assert stem.plan.dtype == torch.int32 and stem.plan.shape == (7, 2)
+    assert stem.plan.dtype == torch.float32 and stem.plan.shape == (7, 3)
     free = MixPoolStem(*stem_parts(), select=MIXED, imag="free")
     assert "weight_imag" in free.state_dict()
 
@@ -859,4 +858,3 @@ def test_the_plan_of_all_max_is_the_constant_of_support():
     for plan in (ALL_MAX, ALL_MODULUS, MIXED):
         stem = MixPoolStem(*stem_parts(), select=plan)
         assert stem.plan[:, 0].tolist() == [(1 + 2) * flag for flag in plan]  # modulus, blurred; max, not blurred
-        assert math.prod(stem.plan.shape) == 14

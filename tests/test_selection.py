@@ -61,7 +61,7 @@ def test_slow_waves_stay_on_max_pooling():
 
 def test_blobs_stay_on_max_pooling():
     mask, reasons = rule(gabors([0.0], sigma=1.0) + 0)
-    assert mask == [False] and reasons[0].startswith("low-pass, dc share 1.00 > ")
+    assert mask == [False] and reasons[0].startswith("low-pass, dc share 1.000 > ")
     mask, reasons = rule(torch.ones(1, 3, 7, 7))
     assert mask == [False] and reasons[0].startswith("low-pass")
 
