@@ -98,10 +98,6 @@ def run_demo_command(options: argparse.Namespace) -> None:
 
 def run_inspect_command(options: argparse.Namespace) -> None:
     model, report, photos = _load_and_convert(options)
-    if options.json:
-        print(json.dumps(report_as_dict(report, options, photos), indent=2, allow_nan=False))
-    else:
-        print(report)
     if options.plot is not None:
         from mixpool.checkpoint import converted_stems, stock_state_dict
         from mixpool.plots import plot_filter_bank, save_figure
@@ -109,6 +105,11 @@ def run_inspect_command(options: argparse.Namespace) -> None:
         (name,) = converted_stems(model)
         weight = stock_state_dict(model)[f"{name}.weight"]  # as it was before any calibration
         plot = save_figure(plot_filter_bank(weight, report), options.plot)
+    if options.json:
+        print(json.dumps(report_as_dict(report, options, photos), indent=2, allow_nan=False))
+    else:
+        print(report)
+    if options.plot is not None:
         print(f"picture: {plot}", file=sys.stderr if options.json else sys.stdout)
 
 

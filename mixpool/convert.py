@@ -138,7 +138,8 @@ def convert(
             notes.append("effect not measured: the model's outputs on the images were not finite before the conversion")
         elif batches is not None:
             notes.append("effect not measured: the model's output is not a table of logits (N, classes)")
-        notes += _nothing_selected(mixed.channel_plan)
+        if isinstance(select, str) and select == "auto":
+            notes += _nothing_selected(mixed.channel_plan)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -268,9 +269,14 @@ def _strided_pool(pool: nn.MaxPool2d, blur: nn.Module) -> nn.MaxPool2d:
 
 
 def _nothing_selected(plan: ChannelPlan) -> list[str]:
-    """A note if candidates were measured and none was good enough."""
-    if plan.num_modulus > 0 or plan.fidelity is None or plan.fidelity.isnan().all():
+    """A note that says why the automatic rule has swapped nothing, if so."""
+    if plan.num_modulus > 0:
         return []
+    if plan.fidelity is None or plan.fidelity.isnan().all():
+        return [
+            "no filter is a fast band-pass filter (untrained weights? load them first, or choose channels by select=): "
+            "everything stays on max pooling"
+        ]
     best = plan.fidelity[~plan.fidelity.isnan()].max()
     return [
         f"no candidate's correlation with max pooling reached {MIN_FIDELITY} (best {best:.2f}; with blur=1 hardly any "

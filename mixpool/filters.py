@@ -222,7 +222,7 @@ def partner_prior(grid: Tensor) -> Tensor:
 
     One power of |xi| steeper than the images themselves: an error at low frequencies is seen by the whole pooling
     window at once. Measured against the images' own prior, the correlation of CMod with max pooling on SqueezeNet's
-    filters below 1.2 rad/px rises from 0.60 to 0.65 (`benchmarks.partner`).
+    filters below 1.2 rad/px rises from 0.60 to 0.66 (`benchmarks.partner`).
     """
     return (grid.square().sum(dim=-1) + 0.01**2) ** -1.5
 

@@ -125,7 +125,9 @@ def convolve_and_pool(
         pooled_max = dense_max_pool(y, pool) if max_blur == 3 else max_pool(y, pool)
 
     if len(channels.modulus) > 0:
-        weight_modulus = torch.cat([weight if all_modulus else weight.index_select(0, channels.modulus), weight_imag])
+        with without_autocast(weight):  # it refuses to join the half types that are not its own
+            weight_real = weight if all_modulus else weight.index_select(0, channels.modulus)
+            weight_modulus = torch.cat([weight_real, weight_imag])
         if blur == 1 and centers_are_inside(pool):
             z = convolve_at_centers(x, weight_modulus, conv, pool)
         else:

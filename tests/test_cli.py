@@ -247,7 +247,7 @@ def test_convert_with_images_keeps_the_calibration(checkpoint, photos, tmp_path,
     arguments = ["convert", STOCK, "--checkpoint", checkpoint, "--output", output, "--images", photos]
     assert cli.main([*map(str, arguments), "--select", "all"]) == 0
     state = load_file(output)
-    assert "before any training, on 3 images" in capsys.readouterr().out
+    assert "before any training, on the 3 images" in capsys.readouterr().out
     assert (state["features.0.calibration"][:, 0] != 1).any()
 
 

@@ -476,7 +476,7 @@ def test_report(images):
     report = convert(model, select="all", images=images)
     assert 0 <= report.agreement.top1 <= 1 and report.agreement.kl >= 0 and report.agreement.num_images == 6
     text = str(report)
-    assert "on 6 images" in text and f"{report.agreement.top1:.1%}" in text
+    assert "on the 6 images" in text and f"{report.agreement.top1:.1%}" in text
     assert "was not measured" not in text
 
 

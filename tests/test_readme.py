@@ -15,7 +15,7 @@ def test_snippets_run(capsys):
     torch.manual_seed(0)
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), {})
-    assert "torch.Size([2, 1000])" in capsys.readouterr().out
+    assert capsys.readouterr().out.split("\n")[:2] == ["36", "torch.Size([2, 1000])"]
 
 
 def test_it_is_short_and_its_links_exist():
