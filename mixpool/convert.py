@@ -242,7 +242,7 @@ def _swap(model: nn.Module, found: FoundStem, mixed: MixPoolStem, undo: list) ->
         _set_submodule(model, name, replacement)
     holder = _key_holder(model, "", stock.names)
     if holder is not None:
-        above = _common_prefix(stock.names)
+        above = _common_prefix(stock.names["conv"], stock.names["norm"])
         hook = StockKeys(stock.names["norm"].removeprefix(above), stock.names["conv"].removeprefix(above))
         handle = holder.register_load_state_dict_pre_hook(hook)
         undo.append(handle.remove)
@@ -332,13 +332,15 @@ def _move_hooks(source: nn.Module, target: nn.Module) -> int:
 
 def _key_holder(model: nn.Module, prefix: str, names: dict[str, str]) -> nn.Module | None:
     """The innermost module that holds both the convolution and the norm layer; None without a norm layer."""
-    return None if "norm" not in names else model.get_submodule((prefix + _common_prefix(names)).rstrip("."))
+    if "norm" not in names:
+        return None
+    return model.get_submodule((prefix + _common_prefix(names["conv"], names["norm"])).rstrip("."))
 
 
-def _common_prefix(names: dict[str, str]) -> str:
-    conv, norm = names["conv"].split(".")[:-1], names["norm"].split(".")[:-1]
+def _common_prefix(first: str, second: str) -> str:
+    """Name, with a dot, of the innermost module that holds both of two modules; empty for the model itself."""
     shared = []
-    for a, b in zip(conv, norm, strict=False):
+    for a, b in zip(first.split(".")[:-1], second.split(".")[:-1], strict=False):
         if a != b:
             break
         shared.append(a)
@@ -355,7 +357,7 @@ def _feature_entries(model: nn.Module, found: FoundStem) -> list[dict]:
     entries = getattr(info, "info", info)
 
     # A wrapper (FeatureHookNet) may hold the model as a child: its entries then lack the child's name.
-    above = _common_prefix({"conv": found.conv, "norm": found.pool})
+    above = _common_prefix(found.conv, found.pool)
     wrapper = next((f"{child}." for child, _ in model.named_children() if above.startswith(f"{child}.")), "")
 
     def is_inside(name: str) -> bool:
