@@ -26,7 +26,7 @@ def stamp(kind: str, **fields: Any) -> dict[str, Any]:
         "kind": kind,
         **fields,
         "machine": machine(),
-        "code": {"version": mixpool.__version__, **_commit(Path(mixpool.__file__).parent)},
+        "code": {"version": mixpool.__version__, **CODE},
         "time_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
@@ -82,3 +82,7 @@ def _commit(folder: Path) -> dict[str, Any]:
 
     status = git("status", "--porcelain", "--untracked-files=no", "--", ".")
     return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+# The code that runs is the code that was there at the start, whatever is committed or edited while it measures.
+CODE = _commit(Path(__file__).parent)

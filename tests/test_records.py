@@ -34,3 +34,10 @@ def test_tables_are_up_to_date(page):
 def test_a_stale_table_is_noticed():
     text = tables.PAGES[0].read_text()
     assert tables.filled(text.replace("| stock |", "| stack |")) == text
+
+
+def test_the_commit_is_that_of_the_start(monkeypatch):
+    """A measurement runs the code it has imported: what is committed or edited meanwhile must not be stamped on it."""
+    before = records.stamp("speed")["code"]
+    monkeypatch.setattr(records, "_commit", lambda folder: {"commit": "another", "dirty": True})
+    assert records.stamp("speed")["code"] == before
