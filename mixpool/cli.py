@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mixpool
+from mixpool.arguments import EXIT_USER_ERROR, build_parser, parse_select
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mixpool.data import Photos
-    from mixpool.filters import FilterStats
     from mixpool.report import ConversionReport
 
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -31,7 +30,7 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a user's error (one line on stderr), 130 for Ctrl-C."""
     try:
-        options = _parser().parse_args(arguments)
+        options = build_parser(COMMANDS).parse_args(arguments)
         options.run(options)
         sys.stdout.flush()
         return 0
@@ -148,6 +147,9 @@ def run_convert_command(options: argparse.Namespace) -> None:
     )
 
 
+COMMANDS = {"demo": run_demo_command, "inspect": run_inspect_command, "convert": run_convert_command}
+
+
 # --- steps of the commands --------------------------------------------------------------------------------------------
 
 
@@ -190,27 +192,6 @@ def _load_and_convert(options: argparse.Namespace) -> tuple[nn.Module, Conversio
         stem=options.stem,
     )
     return model, report, photos
-
-
-def parse_select(text: str) -> str | Callable[[FilterStats], list[bool]]:
-    """`auto`, `all`, `none`, or channel numbers such as `0,4,10-15`, as an argument for `convert`."""
-    if text in ("auto", "all", "none"):
-        return text
-    channels: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last.isdecimal() if dash else True):
-            raise ValueError(f"expected --select auto, all, none or channel numbers such as 0,4,10-15, got {text!r}")
-        if dash and int(last) < int(first):
-            raise ValueError(f"expected the range {part.strip()} of --select to go upwards")
-        channels.update(range(int(first), int(last if dash else first) + 1))
-
-    def mask(stats: FilterStats) -> list[bool]:
-        if max(channels, default=-1) >= len(stats):
-            raise ValueError(f"expected --select to name channels 0 to {len(stats) - 1}, got {max(channels)}")
-        return [channel in channels for channel in range(len(stats))]
-
-    return mask
 
 
 def report_as_dict(report: ConversionReport, options: argparse.Namespace, photos: Photos | None) -> dict[str, Any]:
@@ -314,134 +295,3 @@ def _progress(description: str) -> Callable[[Iterable, int], Iterator]:
         return track(steps, description, total, console=console, transient=True, disable=not console.is_terminal)
 
     return wrap
-
-
-# --- the parser -------------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        """One line, as all other errors."""
-        self.exit(EXIT_USER_ERROR, f"mixpool: error: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    common = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = _Parser(
-        prog="mixpool",
-        description="Stems of convolutional networks whose channels pool by the maximum or by the modulus.",
-        epilog="examples:\n"
-        "  mixpool demo\n"
-        "  mixpool inspect resnet18.a1_in1k --pretrained --plot filters.png\n"
-        "  mixpool inspect squeezenet1_0 --checkpoint weights.safetensors --images photos/\n"
-        "  mixpool convert resnet18 --checkpoint stock.pth --output mixed.safetensors\n"
-        "exit codes: 0 done, 2 an error of yours in one line on stderr, 130 interrupted",
-        **common,
-    )
-    parser.add_argument("--version", action="version", version=f"mixpool {mixpool.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-
-    demo = commands.add_parser(
-        "demo",
-        help="show on photos how much less a stem's output moves; needs no download",
-        description="Move photos pixel by pixel under a stem with max pooling, BlurPool, plain CMod and mixpool;\n"
-        "print how much its output changes, and draw one picture. About 20 seconds; needs no download.",
-        epilog="examples:\n  mixpool demo\n  mixpool demo --output docs\n"
-        "  mixpool demo --model resnet50.a1_in1k --pretrained",
-        **common,
-    )
-    demo.add_argument("--output", metavar="DIR", default="outputs", help="folder for demo.png (default: %(default)s)")
-    demo.add_argument("--model", metavar="NAME", help="a timm or torchvision model instead of the resnet18")
-    demo.add_argument("--pretrained", action="store_true", help="with --model: its trained weights, downloaded")
-    demo.set_defaults(run=run_demo_command)
-
-    shared = _shared_options()
-    inspect = commands.add_parser(
-        "inspect",
-        parents=[shared],
-        help="which channels of a model's stem would be swapped, and why",
-        description="Convert a model in memory and print the plan: each channel's kind, its numbers, the reason.\n"
-        "With --images also how well the modulus stands in for max pooling (fid: their correlation)\n"
-        "and how often the converted model still says the same. Nothing is written but the plot.",
-        epilog="examples:\n"
-        "  mixpool inspect resnet18.a1_in1k --pretrained --plot filters.png\n"
-        "  mixpool inspect squeezenet1_0 --checkpoint weights.safetensors --images photos/ --limit 200\n"
-        "  mixpool inspect torchvision/resnet18 --checkpoint stock.pth --select 0,4,10-15 --json",
-        **common,
-    )
-    inspect.add_argument("--plot", metavar="FILE", help="write a picture of the filter bank (.png, .pdf, .svg)")
-    inspect.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    inspect.set_defaults(run=run_inspect_command)
-
-    convert = commands.add_parser(
-        "convert",
-        parents=[shared],
-        help="convert a checkpoint and write it as safetensors",
-        description="Load a model, convert its stem, print the report and write the converted state.\n"
-        "With --images the swapped channels are calibrated on them, which you want before fine-tuning.",
-        epilog="examples:\n"
-        "  mixpool convert resnet18 --checkpoint stock.pth --output mixed.safetensors\n"
-        "  mixpool convert resnet50.a1_in1k --pretrained --images photos/ --output mixed.safetensors",
-        **common,
-    )
-    convert.add_argument("--output", metavar="FILE", required=True, help="the *.safetensors file to write")
-    convert.add_argument("--force", action="store_true", help="overwrite the output")
-    convert.set_defaults(run=run_convert_command)
-    for command in (demo, inspect, convert):
-        command.add_argument("--traceback", action="store_true", help="show where an error came from")
-    return parser
-
-
-def _shared_options() -> argparse.ArgumentParser:
-    """What `inspect` and `convert` have in common."""
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("model", metavar="MODEL", help="a timm name, torchvision/NAME, or a name only torchvision has")
-    weights = shared.add_argument_group("weights (random without)")
-    weights.add_argument("--pretrained", action="store_true", help="the library's trained weights, downloaded")
-    weights.add_argument("--checkpoint", metavar="FILE", help="a .safetensors, .pt or .pth file of the stock model")
-    weights.add_argument(
-        "--num-classes", type=_positive, metavar="N", help="classes of the checkpoint, if not the usual"
-    )
-    pooling = shared.add_argument_group("conversion")
-    pooling.add_argument(
-        "--select",
-        metavar="WHICH",
-        default="auto",
-        help="channels for the modulus: auto, all, none, or numbers such as 0,4,10-15 (default: %(default)s)",
-    )
-    pooling.add_argument(
-        "--blur", type=int, choices=(1, 3), default=3, help="3: mean of the modulus over the window; 1: its centre"
-    )
-    pooling.add_argument(
-        "--max-blur", type=int, choices=(1, 3), default=1, help="3: the other channels pool as BlurPool; 1: as before"
-    )
-    pooling.add_argument(
-        "--imag", choices=("tied", "free"), default="tied", help="imaginary filters follow the real ones, or are free"
-    )
-    pooling.add_argument("--stem", metavar="NAME", help="the stem's convolution, if it is not the first")
-    images = shared.add_argument_group("images")
-    images.add_argument(
-        "--images", metavar="DIR", help="folder of photos, with subfolders, to measure and calibrate on"
-    )
-    images.add_argument(
-        "--limit",
-        type=_not_negative,
-        default=100,
-        metavar="N",
-        help="how many, evenly spread over the sorted list; 0 for all, of which 512 are used (default: %(default)s)",
-    )
-    return shared
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1)
-
-
-def _not_negative(text: str) -> int:
-    return _integer(text, 0)
-
-
-def _integer(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
-    return int(text)

@@ -344,6 +344,31 @@ def test_wrong_side_energy_of_7x7_gabor_filters(band):
     assert own.max() < largest and own.mean() < mean
 
 
+@pytest.mark.parametrize("frequency", [0.6, 0.9, 1.2, 1.6, 2.0, 2.4])
+def test_wrong_side_energy_is_bounded_by_that_of_the_quadrature_pair(frequency):
+    """A bound for each frequency, derived: the partner is the optimum over all V on the taps, and sin is one of them.
+
+    So W + iV has at most the wrong-side energy of the complex Gabor filter on the same taps, the tail of its Gaussian
+    beyond the dividing line; and any step away from the partner adds some.
+    """
+    weight, direction = gabor_bank([frequency], 7, 1.6)
+    angles = [a for a in ANGLES[::2] for _ in range(3)]
+    phases = [0.0, math.pi / 4, math.pi / 2] * len(ANGLES[::2])
+    pair = [gabor(frequency, a, 7, 1.6, p - math.pi / 2) for a, p in zip(angles, phases, strict=True)]
+    quadrature = torch.cat(pair)
+    envelope = gabor(0.0, 0.0, 7, 1.6)
+    quadrature = quadrature - envelope * (quadrature.sum(dim=(2, 3), keepdim=True) / envelope.sum())
+    partner = analytic_partner(weight, direction)
+    wrong = energies(weight, partner, direction)[0]
+    bound = energies(weight, quadrature, direction)[0]
+    assert (wrong <= bound * (1 + 1e-9)).all()
+    if frequency >= 1.2:  # slower sines of 7 taps have more energy near zero than no partner at all
+        assert (bound < energies(weight, torch.zeros_like(weight), direction)[0]).all()
+    for scale in (0.01, 0.1):
+        step = scale * torch.randn_like(partner)
+        assert (energies(weight, partner + step, direction)[0] > wrong).all()
+
+
 def test_partner_of_a_wave_is_its_quadrature():
     """On a wide kernel, the partner of cos is sin."""
     weight, quadrature = (gabor(1.6, 0.5, 17, 2.7, phase) for phase in (0.0, -math.pi / 2))

@@ -87,7 +87,7 @@ LEVELS = [
     {"checkpoint"},
     {"convert"},
     {"__init__"},
-    {"demo"},
+    {"demo", "arguments"},
     {"cli"},
     {"__main__"},
 ]
