@@ -80,7 +80,7 @@ def test_the_test_of_the_import_time_can_fail():
 # --- layers of the package --------------------------------------------------------------------------------------------
 
 LEVELS = [
-    {"filters", "reference", "gabor", "stability", "probe", "data", "records"},
+    {"filters", "reference", "gabor", "stability", "probe", "data", "records", "theory", "dtcwpt"},
     {"plan", "normalization", "functional", "calibration", "loading"},
     {"selection", "find", "report"},
     {"layers", "plots"},
