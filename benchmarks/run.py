@@ -1,13 +1,13 @@
-"""All measurements of this package one after the other, then the tables: `python -m benchmarks.run [NAME ...]`."""
+"""All measurements of this package one after the other, then the tables and the figures: `python -m benchmarks.run [NAME ...]`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 
-from benchmarks import tables
+from benchmarks import figures, tables
 
-NAMES = ("models", "partner", "selection", "squeezenet", "speed")
+NAMES = ("models", "partner", "selection", "squeezenet", "theory", "speed")
 
 
 def main() -> None:
@@ -18,6 +18,7 @@ def main() -> None:
         importlib.import_module(f"benchmarks.{name}").main()
     for page in tables.PAGES:
         page.write_text(tables.filled(page.read_text()))
+    figures.draw()
 
 
 if __name__ == "__main__":

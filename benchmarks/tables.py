@@ -1,4 +1,4 @@
-"""Make the tables in the READMEs from the records; `--check` only says whether they are up to date.
+"""Make the tables in the READMEs and in docs/ from the records; `--check` only says whether they are up to date.
 
 python -m benchmarks.tables [--check]
 """
@@ -14,9 +14,10 @@ from statistics import mean
 
 from benchmarks.sample import RECORDS
 from mixpool import records
+from mixpool.theory_table import summary_rows
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "theory.md")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -134,6 +135,29 @@ def cuts() -> str:
     return table(["cut", "value", "channels (of 96) per split", "mean top-1 change", "per split"], rows)
 
 
+def theory() -> str:
+    found = read("theory")
+    header, *rows = summary_rows(found)
+    return table(header, rows) + "\n\n" + machine_line(found[0])
+
+
+def theory_shifts() -> str:
+    """Mean change over the analytic packets, RMax / CMod (centre) / CMod (mean), a row per shift."""
+    found = read("theory")
+    columns = [(record, i, direction) for record in found for i, direction in enumerate(record["params"]["directions"])]
+    rows = []
+    for j, shift in enumerate(found[0]["params"]["shifts"]):
+        cells = [f"{shift:g} px"]
+        for record, i, _ in columns:
+            kept = [packet for packet, is_analytic in enumerate(record["is_analytic"]) if is_analytic]
+            means = [
+                mean(record[f"change_{name}"][i][j][packet] for packet in kept) for name in ("max", "blur1", "blur3")
+            ]
+            cells.append(" / ".join(f"{value:.2f}" for value in means))
+        rows.append(cells)
+    return table(["shift", *(f"depth {record['params']['depth']}, {name}" for record, _, name in columns)], rows)
+
+
 def models() -> str:
     record = read("models")[0]
     rows = [[tier, str(count)] for tier, count in record["counts"].items()]
@@ -147,7 +171,7 @@ def models() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (conversion, shifts, speed, partner, fidelity, cuts, models)
+    f.__name__: f for f in (conversion, shifts, speed, partner, fidelity, cuts, models, theory, theory_shifts)
 }
 
 

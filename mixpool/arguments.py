@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import mixpool
 
 if TYPE_CHECKING:
-    from mixpool.filters import FilterStats
+    from mixpool.stats import FilterStats
 
 EXIT_USER_ERROR = 2
 
@@ -31,6 +31,7 @@ def build_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> arg
         "  mixpool inspect resnet18.a1_in1k --pretrained --plot filters.png\n"
         "  mixpool inspect squeezenet1_0 --checkpoint weights.safetensors --images photos/\n"
         "  mixpool convert resnet18 --checkpoint stock.pth --output mixed.safetensors\n"
+        "  mixpool theory --images photos/ --depth 2 3\n"
         "exit codes: 0 done, 2 an error of yours in one line on stderr, 130 interrupted",
         **common,
     )
@@ -83,7 +84,48 @@ def build_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> arg
     convert.add_argument("--output", metavar="FILE", required=True, help="the *.safetensors file to write")
     convert.add_argument("--force", action="store_true", help="overwrite the output")
     convert.set_defaults(run=run["convert"])
-    for command in (demo, inspect, convert):
+
+    theory = commands.add_parser(
+        "theory",
+        help="measure on photos what the theory says of both poolings; needs no download",
+        description="Apply dual-tree wavelet packets to photos, pool them by the maximum and by the modulus, and move\n"
+        "the photos by half a pixel to eight. Prints how well the theory's gamma orders the gaps between\n"
+        "both poolings, and these the shift instability; writes theory.jsonl and four figures per depth.",
+        epilog="examples:\n  mixpool theory\n  mixpool theory --images photos/ --limit 0 --depth 3 --output results",
+        **common,
+    )
+    theory.add_argument(
+        "--images", metavar="DIR", help="folder of photos, with subfolders (default: those that scikit-image ships)"
+    )
+    theory.add_argument(
+        "--limit",
+        type=_not_negative,
+        default=100,
+        metavar="N",
+        help="how many photos, evenly spread over the sorted list; 0 for all (default: %(default)s)",
+    )
+    theory.add_argument(
+        "--size",
+        type=_positive,
+        default=256,
+        metavar="PX",
+        help="photos are resized to this shorter side and cropped to a square (default: %(default)s)",
+    )
+    theory.add_argument(
+        "--depth",
+        type=int,
+        nargs="+",
+        choices=(2, 3, 4),
+        default=(2, 3),
+        metavar="J",
+        help="depths of the packets, 2 to 4; the convolution's stride is 2^(J-1) (default: 2 3)",
+    )
+    theory.add_argument(
+        "--wavelet", metavar="NAME", default="qshift_a", help="tap family of the packets (default: %(default)s)"
+    )
+    theory.add_argument("--output", metavar="DIR", default="outputs", help="folder for the results (%(default)s)")
+    theory.set_defaults(run=run["theory"])
+    for command in (demo, inspect, convert, theory):
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 

@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mixpool.filters import FilterStats, analytic_partner
+from mixpool.filters import analytic_partner
+from mixpool.prediction import pictures_for
 from mixpool.probe import MAX_IMAGES, batches_of
 from mixpool.reference import Channels
+from mixpool.stats import FilterStats
 
 if TYPE_CHECKING:
     from mixpool.layers import MixPoolStem
@@ -72,6 +75,38 @@ def measure(stem: MixPoolStem, index: Tensor, stats: FilterStats, images: Tensor
     gain, offset = _least_squares(by_modulus, by_max, with_offset=_can_shift(stem))
     fitted = stem.act(by_modulus * gain[:, None] + offset[:, None])
     return Fits(index, gain, offset, _correlation(fitted, stem.act(by_max)))
+
+
+# --- without images ---------------------------------------------------------------------------------------------------
+
+
+def has_seen_data(stem: MixPoolStem) -> bool:
+    """Whether the norm layer's statistics are those of a training, so that its scales and shifts mean something.
+
+    True without a norm layer, where nothing tells; False for a batch norm as it is created, or without statistics.
+    """
+    if stem.bn is None:
+        return True
+    mean, var = stem.bn.running_mean, stem.bn.running_var
+    if mean is None or var is None or not (torch.isfinite(mean).all() and torch.isfinite(var).all()):
+        return False
+    return not bool((mean == 0).all() and (var == 1).all())
+
+
+@torch.no_grad()
+def typical_pictures(stem: MixPoolStem) -> Tensor:
+    """Synthetic pictures as strong as what the stem was trained on, (N, C_in, S, S).
+
+    The running variances of its norm layer tell how strong that was, in the median over the channels; without a norm
+    layer the input is taken to be normalised as ImageNet's.
+    """
+    pictures = pictures_for(stem.weight, stem.stride)
+    if stem.bn is None:
+        return pictures
+    weight = stem.weight.detach().to("cpu", torch.float32)
+    var = F.conv2d(pictures, weight, stride=stem.stride, dilation=stem.dilation).var(dim=(0, 2, 3))
+    ratio = (stem.bn.running_var.float().cpu() / var)[var > 0]
+    return pictures * ratio.median().sqrt() if len(ratio) > 0 else pictures
 
 
 # --- folding the fits into the parameters -----------------------------------------------------------------------------

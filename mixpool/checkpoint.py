@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mixpool.calibration import stock_values
 from mixpool.layers import MixPoolStem
@@ -81,8 +82,10 @@ def stock_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
         at = f"{name}."
         values = {at + key: value for key, value in stock_values(stem).items()}
         renamed = OrderedDict()
+        if parametrize.is_parametrized(stem, "weight"):  # filters of which only the colour mix is learned
+            renamed[f"{at}weight"] = stem.weight.detach()
         for key, value in state.items():
-            if key in (f"{at}plan", f"{at}calibration", f"{at}weight_imag"):
+            if key in (f"{at}plan", f"{at}calibration", f"{at}weight_imag") or key.startswith(f"{at}parametrizations."):
                 continue
             value = values.get(key, value)
             if key.startswith(f"{at}bn."):

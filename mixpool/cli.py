@@ -1,4 +1,4 @@
-"""The command `mixpool`: demo, inspect, convert. It parses, calls and prints; the work is in the other modules.
+"""The command `mixpool`: demo, inspect, convert, theory. It parses, calls and prints; the work is in the other modules.
 
 What needs timm, matplotlib or rich is imported inside the commands: `--help` and errors need not wait for them.
 """
@@ -147,7 +147,48 @@ def run_convert_command(options: argparse.Namespace) -> None:
     )
 
 
-COMMANDS = {"demo": run_demo_command, "inspect": run_inspect_command, "convert": run_convert_command}
+def run_theory_command(options: argparse.Namespace) -> None:
+    folder = _writable_folder(options.output)
+
+    import torch
+
+    from mixpool import records
+    from mixpool.data import demo_photos
+    from mixpool.experiment import run_experiment, smallest_photo
+    from mixpool.theory_plots import write_figures
+    from mixpool.theory_table import summary_text
+
+    depths = tuple(dict.fromkeys(options.depth))
+    for depth in depths:
+        least = smallest_photo(depth, options.wavelet)
+        if options.size < least:
+            raise ValueError(
+                f"expected --size {least} or more at depth {depth} of {options.wavelet}, got {options.size}"
+            )
+    if options.images is None:
+        source, images = "those of scikit-image", demo_photos(options.size)[1][: options.limit or None]
+    else:
+        source, images = options.images, _folder_photos(options, options.size).images
+    torch.set_num_threads(1)  # the maps of a photo are small: on a busy machine several threads wait for one another
+    found = []
+    for depth in depths:
+        track = _progress(f"moving {len(images)} photos, depth {depth}")
+        found.append(run_experiment(images, depth, wavelet=options.wavelet, track=track).as_record(source))
+    path = folder / "theory.jsonl"
+    records.write(path, found)
+    figures = [figure for record in found for figure in write_figures(record, folder)]
+    print("Means and correlations over the analytic packets, in brackets 95 % intervals over photos:\n")
+    print(summary_text(found))
+    print(f"\nrecords: {path}")
+    print("\n".join(f"picture: {figure}" for figure in figures))
+
+
+COMMANDS = {
+    "demo": run_demo_command,
+    "inspect": run_inspect_command,
+    "convert": run_convert_command,
+    "theory": run_theory_command,
+}
 
 
 # --- steps of the commands --------------------------------------------------------------------------------------------
@@ -164,7 +205,7 @@ def _load_and_convert(options: argparse.Namespace) -> tuple[nn.Module, Conversio
             _existing(path)
 
     from mixpool.convert import convert
-    from mixpool.data import load_images, normalize
+    from mixpool.data import normalize
     from mixpool.loading import create_model, input_settings, load_checkpoint
 
     model = create_model(options.model, pretrained=options.pretrained, num_classes=options.num_classes)
@@ -175,12 +216,7 @@ def _load_and_convert(options: argparse.Namespace) -> tuple[nn.Module, Conversio
     photos, images = None, None
     if options.images is not None:
         settings = input_settings(model)
-        photos = load_images(options.images, settings.size, options.limit or None, crop_ratio=settings.crop_ratio)
-        print(f"mixpool: {len(photos.names)} of {photos.num_found} images in {options.images}", file=sys.stderr)
-        for name, reason in photos.failed:
-            print(f"mixpool: warning: cannot read {name}: {reason}", file=sys.stderr)
-        if photos.failed:
-            print(f"mixpool: warning: {len(photos.failed)} image(s) left out", file=sys.stderr)
+        photos = _folder_photos(options, settings.size, settings.crop_ratio)
         images = _batches(normalize(photos.images, settings.mean, settings.std))
     report = convert(
         model,
@@ -192,6 +228,19 @@ def _load_and_convert(options: argparse.Namespace) -> tuple[nn.Module, Conversio
         stem=options.stem,
     )
     return model, report, photos
+
+
+def _folder_photos(options: argparse.Namespace, size: int, crop_ratio: float = 1.0) -> Photos:
+    """The photos of --images and --limit; says on stderr how many there are and which cannot be read."""
+    from mixpool.data import load_images
+
+    photos = load_images(options.images, size, options.limit or None, crop_ratio=crop_ratio)
+    print(f"mixpool: {len(photos.names)} of {photos.num_found} images in {options.images}", file=sys.stderr)
+    for name, reason in photos.failed:
+        print(f"mixpool: warning: cannot read {name}: {reason}", file=sys.stderr)
+    if photos.failed:
+        print(f"mixpool: warning: {len(photos.failed)} image(s) left out", file=sys.stderr)
+    return photos
 
 
 def report_as_dict(report: ConversionReport, options: argparse.Namespace, photos: Photos | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mixpool.calibration import stock_values
 from mixpool.checkpoint import StockKeys, StockParts, converted_stems, stock_parts, unwrapped
@@ -169,6 +170,8 @@ def revert(model: nn.Module) -> nn.Module:
         raise ValueError(f"expected a converted model, found no MixPoolStem in {type(model).__name__}")
     places = [(stem, *stock_parts(name, stem)) for name, stem in stems.items()]
     for stem, prefix, stock in places:
+        if parametrize.is_parametrized(stem, "weight"):  # filters of which only the colour mix was learned
+            parametrize.remove_parametrizations(stem, "weight")
         _restore_values(stem)
         modules = dict(stock.modules)
         conv = modules["conv"]

@@ -9,100 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SPECTRUM_SIZE = 65  # odd, so that no bin is its own mirror image but DC
 PRIOR_SIZE = 255  # side of the frequency grid on which the partner is fitted
-
-
-@dataclass(frozen=True, eq=False)
-class FilterStats:
-    """The numbers that describe each filter of a convolution. All tensors are on the CPU.
-
-    Attributes:
-        center_frequency: (C, 2) float64, (fy, fx) in radians per pixel, in the half plane fy > 0 (or fy = 0, fx > 0).
-        bandwidth: (C,) rms distance of the half-plane energy from the centre frequency, radians per pixel.
-        concentration: (C,) largest share of the half-plane energy inside a square of side pi / stride, in [0, 1].
-        dc_share: (C,) energy at zero frequency over the peak energy, in [0, 1]; 1 for a low-pass filter.
-        slow_share: (C,) share of the filter's response to natural images that turns by less than a quarter of a
-            wave per step of the convolution, in [0, 1]; see `slow_share`.
-        stride: pixels per step of the convolution, (y, x).
-        kernel_size: (kH, kW).
-    """
-
-    center_frequency: Tensor
-    bandwidth: Tensor
-    concentration: Tensor
-    dc_share: Tensor
-    slow_share: Tensor
-    stride: tuple[int, int]
-    kernel_size: tuple[int, int]
-
-    @property
-    def frequency(self) -> Tensor:
-        """(C,) modulus of the centre frequency, radians per pixel."""
-        return self.center_frequency.norm(dim=1)
-
-    @property
-    def orientation(self) -> Tensor:
-        """(C,) angle of the centre frequency, atan2(fy, fx) mod pi, radians in [0, pi)."""
-        return orientation(self.center_frequency)
-
-    @property
-    def phase_step(self) -> Tensor:
-        """(C,) modulus of stride * centre frequency: radians per step of the convolution (the theory's omega)."""
-        return (self.center_frequency * self.center_frequency.new_tensor(self.stride)).norm(dim=1)
-
-    @property
-    def relative_bandwidth(self) -> Tensor:
-        """(C,) bandwidth over the half side pi / (2 stride) of the theory's largest support; below 1 is narrow."""
-        return self.bandwidth * max(self.stride) * 2 / math.pi
-
-    def __len__(self) -> int:
-        return len(self.bandwidth)
-
-
-def analyze(conv_or_weight: nn.Module | Tensor, stride: int | Sequence[int] | None = None) -> FilterStats:
-    """Measure every filter of a convolution, from its weights alone.
-
-    Args:
-        conv_or_weight: a module with a 4-D `weight` (its `stride` is used), or the weight itself, (C, I, kH, kW).
-        stride: pixels per step of the convolution; overrides the module's; 1 for a bare weight.
-    Returns:
-        FilterStats, detached, on the CPU, in float64.
-    Raises:
-        ValueError: the weight is not a finite floating-point (C, I, kH, kW) tensor, or the stride is not positive.
-    Example:
-        >>> stats = analyze(torch.nn.Conv2d(3, 64, 7, stride=2))
-        >>> tuple(stats.center_frequency.shape)
-        (64, 2)
-    """
-    weight = conv_or_weight
-    if isinstance(conv_or_weight, nn.Module):
-        weight = getattr(conv_or_weight, "weight", None)
-        if not isinstance(weight, Tensor):
-            raise ValueError(f"expected a convolution with a weight, got {type(conv_or_weight).__name__}")
-        stride = getattr(conv_or_weight, "stride", 1) if stride is None else stride
-    stride = pair(1 if stride is None else stride)
-    if min(stride) < 1:
-        raise ValueError(f"expected a positive stride, got {stride}")
-    weight = _check_weight(weight).detach().to("cpu", torch.float64)
-    if not torch.isfinite(weight).all():
-        raise ValueError("expected finite weights, got NaN or infinity in the convolution's weight")
-    power = power_spectrum(weight)
-    frequency = center_frequency(weight, power=power)
-    return FilterStats(
-        center_frequency=frequency,
-        bandwidth=bandwidth(weight, frequency, power=power),
-        concentration=concentration(weight, stride, frequency, power=power),
-        dc_share=dc_share(weight, power=power),
-        slow_share=slow_share(weight, stride, power=power),
-        stride=stride,
-        kernel_size=tuple(weight.shape[-2:]),
-    )
 
 
 def power_spectrum(weight: Tensor, size: int | None = None) -> Tensor:
@@ -114,7 +26,7 @@ def power_spectrum(weight: Tensor, size: int | None = None) -> Tensor:
     Returns:
         (C, G, G) float64, bin (i, j) at the frequencies `frequency_grid(G)[i, j]`.
     """
-    weight = _check_weight(weight)
+    weight = check_weight(weight)
     size = _spectrum_size(weight) if size is None else size
     if size % 2 == 0 or size < max(weight.shape[-2:]):
         raise ValueError(f"expected an odd size of at least {max(weight.shape[-2:])}, got {size=}")
@@ -355,7 +267,7 @@ def _spectrum_size(weight: Tensor) -> int:
     return max(SPECTRUM_SIZE, 4 * max(weight.shape[-2:]) + 1)
 
 
-def _check_weight(weight: Tensor) -> Tensor:
+def check_weight(weight: Tensor) -> Tensor:
     if not isinstance(weight, Tensor) or weight.ndim != 4 or not weight.is_floating_point():
         got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"expected a floating-point weight of shape (C_out, C_in, kH, kW), got {got}")

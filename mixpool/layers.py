@@ -66,8 +66,9 @@ class MixPoolStem(nn.Module):
         imag: "tied": V is a fixed linear map of W and follows it in training; "free": V is the parameter
             `weight_imag`, and starts there.
         images: a batch of the stem's input, (N, C_in, H, W), or an iterable of them, by which `select="auto"`
-            measures its candidates and calibrates the affine maps of the channels it swaps.
-        calibrated: False to measure on the images only.
+            measures its candidates and calibrates the affine maps of the channels it swaps. Without them "auto"
+            predicts from the weights, and calibrates a trained stem on synthetic pictures.
+        calibrated: False to measure only and leave all parameters as they are.
     Where a scale of the norm layer is 0, the gradient of that scale is that of a positive one (the stock stem's is
     that of the window's first position).
 
@@ -146,6 +147,11 @@ class MixPoolStem(nn.Module):
     def total_stride(self) -> tuple[int, int]:
         """Pixels per step of the output, (y, x)."""
         return (self.stride[0] * self._pool.stride[0], self.stride[1] * self._pool.stride[1])
+
+    @property
+    def window(self) -> int:
+        """Positions of the convolution under one pooling window, along its longer side."""
+        return max(self._pool.size)
 
     def _adopt_plan(self) -> None:
         """Set everything that follows from the `plan` buffer: the channel lists, the blurs and the partner map."""

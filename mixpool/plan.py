@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixpool.filters import FilterStats
+from mixpool.stats import FilterStats
 
 KINDS = ("max", "modulus")
 

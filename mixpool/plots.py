@@ -49,7 +49,7 @@ def plot_filter_bank(weight: Tensor, report: ConversionReport | ChannelPlan) -> 
         raise ValueError(f"expected a weight of {len(plan.kinds)} filters, got {tuple(weight.shape)}")
     columns = math.ceil(math.sqrt(len(weight)))
     rows = math.ceil(len(weight) / columns)
-    figure = _figure(10.0, 5.0)
+    figure = blank_figure(10.0, 5.0)
     figure.text(0.025, 0.95, "Filters of the stem; blue frame: modulus pooling", size=12, weight="bold", **TEXT)
     figure.text(0.555, 0.95, "Where they lie in the frequency plane", size=12, weight="bold", **TEXT)
     bank = figure.add_axes((0.025, 0.04, 0.47, 0.88))
@@ -147,7 +147,7 @@ def plot_demo(
         channel: number of the channel that is shown.
         num_swapped: how many channels the curves average over.
     """
-    figure = _figure(DEMO_WIDTH, DEMO_HEIGHT)
+    figure = blank_figure(DEMO_WIDTH, DEMO_HEIGHT)
     for text, y, style in (
         (title, DEMO_HEIGHT - 0.28, {"size": 13.5, "weight": "bold", **TEXT}),
         (subtitle, DEMO_HEIGHT - 0.58, {"size": 9, "color": MUTED}),
@@ -155,7 +155,7 @@ def plot_demo(
         figure.text(0.02, y / DEMO_HEIGHT, text, va="center", **style)
     _draw_input(figure, photo, kernel, channel)
     _draw_maps(figure, maps)
-    _draw_curves(_axes(figure, 7.50, 0.52, 2.35, 2.93), curves, shifts, num_swapped)
+    _draw_curves(inch_axes(figure, 7.50, 0.52, 2.35, 2.93), curves, shifts, num_swapped)
     return figure
 
 
@@ -235,13 +235,14 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 160) -> Path:
     return path
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """An empty white figure, inches; it draws without a window."""
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+def inch_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes placed in inches."""
     total_width, total_height = figure.get_size_inches()
     return figure.add_axes((left / total_width, bottom / total_height, width / total_width, height / total_height))
@@ -249,7 +250,7 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
 
 def _image_axes(figure: Figure, left: float, bottom: float, side: float, frame: str = "#BBBBBB") -> Axes:
     """Square axes without ticks, in inches."""
-    axes = _axes(figure, left, bottom, side, side)
+    axes = inch_axes(figure, left, bottom, side, side)
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(edgecolor=frame, linewidth=1.0)

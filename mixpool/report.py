@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixpool.filters import FilterStats
 from mixpool.plan import ChannelPlan
+from mixpool.stats import FilterStats
 
 
 @dataclass(frozen=True)

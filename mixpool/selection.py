@@ -12,23 +12,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixpool.calibration import Fits, measure
-from mixpool.filters import FilterStats, analyze
+from mixpool.calibration import Fits, has_seen_data, measure, typical_pictures
 from mixpool.plan import KINDS, ChannelPlan
+from mixpool.stats import FilterStats, analyze
 
 if TYPE_CHECKING:
     from mixpool.layers import MixPoolStem
 
 Select = str | Sequence[bool] | Callable[[FilterStats], Sequence[bool]]
 
-# From the weights alone, in units of the convolution's stride.
 MAX_DC_SHARE = 0.05  # a filter that sees the mean brightness is no band-pass filter
-MIN_PHASE_STEP = 2.0  # radians of the centre frequency's wave per step of the convolution
-MAX_SLOW_SHARE = 0.30  # of the response, what turns less than a quarter wave per step
-MAX_RELATIVE_BANDWIDTH = 1.5  # rms width over pi / (2 stride): above, the envelope varies inside the window
-MIN_CONCENTRATION = 0.5  # share of the energy in the theory's square of side pi / stride
-# With images the measured correlation with max pooling decides, among channels that need not be so clear a case.
-MAX_CANDIDATE_SLOW_SHARE = 0.50
+# Correlation of the modulus (blur=3) with max pooling, as predicted from the weights alone.
+MIN_PREDICTED_CORRELATION = 0.85
+# With images their own correlation decides, among all channels for which it is not hopeless.
+MIN_CANDIDATE_CORRELATION = 0.70
 MIN_FIDELITY = 0.84
 
 
@@ -43,16 +40,20 @@ def make_plan(
         stem: the stem, with its parts in place and no plan yet.
         images: batches of the stem's input; see MixPoolStem.
     Returns:
-        The plan, and the fits of the swapped channels for `calibrate` (None without images or swapped channels).
+        The plan, and the fits of the swapped channels for `calibrate`: on the images, or, for "auto" without images
+        on a trained stem, on synthetic pictures; None if there is nothing to fold in.
     Raises:
         ValueError: `select` or `images` is none of the above; the message shows what came.
     """
-    stats = analyze(stem.weight, stem.stride)
+    stats = analyze(stem.weight, stem.stride, window=stem.window)
     if isinstance(select, str) and select == "auto":
-        mask, reasons = select_by_filter(stats)
         if images is None:
-            return _plan(mask, reasons, stats), None
-        candidates, reasons = select_by_filter(stats, MAX_CANDIDATE_SLOW_SHARE)
+            mask, reasons = select_by_filter(stats)
+            fits = None
+            if mask.any() and has_seen_data(stem):
+                fits = measure(stem, mask.nonzero()[:, 0], stats, typical_pictures(stem))
+            return _plan(mask, reasons, stats), fits
+        candidates, reasons = select_by_filter(stats, MIN_CANDIDATE_CORRELATION)
         fits = measure(stem, candidates.nonzero()[:, 0], stats, images)
         mask, reasons = select_by_fidelity(candidates, reasons, fits)
     else:
@@ -67,27 +68,26 @@ def make_plan(
     return _plan(mask, reasons, stats, fidelity), fits
 
 
-def select_by_filter(stats: FilterStats, max_slow_share: float = MAX_SLOW_SHARE) -> tuple[Tensor, list[str]]:
+def select_by_filter(
+    stats: FilterStats, min_correlation: float = MIN_PREDICTED_CORRELATION
+) -> tuple[Tensor, list[str]]:
     """The automatic rule on weights alone: (C,) bool mask and a reason per channel.
 
-    A channel takes the modulus if it is a band-pass filter whose wave turns fast enough from one step of the
-    convolution to the next, whichever way it is oriented, and whose energy lies close enough to its centre frequency.
-    Low frequencies stay on max pooling: there the modulus is another feature.
+    A channel takes the modulus if it is a band-pass filter whose modulus is expected to follow its max pooling on
+    photographs. That leaves out low frequencies, waves that stand still under the stride, and broad bands: there the
+    modulus is another feature. The decision is the same for every blur.
     """
-    tests = [
-        ("low-pass, dc share", stats.dc_share, ">", MAX_DC_SHARE),
-        ("low frequency, rad/step", stats.phase_step, "<", MIN_PHASE_STEP),
-        ("slow wave, share", stats.slow_share, ">", max_slow_share),
-        ("broad band, width", stats.relative_bandwidth, ">", MAX_RELATIVE_BANDWIDTH),
-        ("scattered, concentration", stats.concentration, "<", MIN_CONCENTRATION),
-    ]
-    mask = torch.ones(len(stats), dtype=torch.bool)
-    reasons = [f"fast wave, slow share {share:.2f} <= {max_slow_share:.2f}" for share in stats.slow_share.tolist()]
-    for name, values, relation, limit in tests:
-        fails = values > limit if relation == ">" else values < limit
-        for channel in (fails & mask).nonzero()[:, 0].tolist():
-            reasons[channel] = f"{name} {values[channel]:.3f} {relation} {limit:.2f}"
-        mask &= ~fails
+    correlation = stats.predicted_correlation_blur3
+    mask, reasons = torch.zeros(len(stats), dtype=torch.bool), []
+    for channel, (share, value) in enumerate(zip(stats.dc_share.tolist(), correlation.tolist(), strict=True)):
+        if share > MAX_DC_SHARE:
+            reasons.append(f"low-pass, dc share {share:.3f} > {MAX_DC_SHARE}")
+        elif math.isnan(value):
+            reasons.append("empty filter")
+        else:
+            mask[channel] = value >= min_correlation
+            relation = ">=" if value >= min_correlation else "<"
+            reasons.append(f"predicted correlation with max pooling {value:.3f} {relation} {min_correlation:.2f}")
     return mask, reasons
 
 
@@ -97,7 +97,7 @@ def select_by_fidelity(candidates: Tensor, reasons: list[str], fits: Fits) -> tu
     for channel, fidelity in zip(fits.index.tolist(), fits.fidelity.tolist(), strict=True):
         mask[channel] = fidelity >= MIN_FIDELITY
         relation = ">=" if mask[channel] else "<"
-        reasons[channel] = f"correlation with max pooling {fidelity:.3f} {relation} {MIN_FIDELITY}"
+        reasons[channel] = f"measured correlation with max pooling {fidelity:.3f} {relation} {MIN_FIDELITY}"
     return mask, reasons
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mixpool
-from mixpool import cli
+from mixpool import cli, records
 from mixpool.gabor import gabor_bank
 
 STOCK = "torchvision/squeezenet1_0"
@@ -77,7 +77,7 @@ def test_help_and_errors_do_not_import_the_heavy_packages():
     assert done.stderr.startswith("mixpool: error: argument --blur") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("inspect",), ("convert",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("inspect",), ("convert",), ("theory",)])
 def test_help_shows_examples(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([*command, "--help"])
@@ -313,6 +313,66 @@ def test_demo_of_a_small_kernel_says_so(tmp_path, capsys):
     message = fails(capsys, "demo", "--output", tmp_path, "--model", "torchvision/vgg11")
     assert "5 taps or more" in message and "--pretrained" in message
     assert list(tmp_path.iterdir()) == []
+
+
+# --- theory -----------------------------------------------------------------------------------------------------------
+
+
+def test_theory_measures_and_draws(tmp_path, capsys):
+    folder = tmp_path / "new"
+    arguments = ["theory", "--limit", "2", "--size", "64", "--depth", "2", "2", "--output", str(folder)]
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    (record,) = records.read(folder / "theory.jsonl")
+    assert record["num_photos"] == 2 and record["params"]["depth"] == 2 and "scikit-image" in record["photos"]
+    pictures = re.findall(r"^picture: (.*)$", out, flags=re.MULTILINE)
+    assert sorted(pictures) == sorted(str(path) for path in folder.glob("*.png")) and len(pictures) == 4
+    (gap,) = re.findall(r"^gap +([\d.]+) \(([\d.]+) to ([\d.]+)\)$", out, flags=re.MULTILINE)
+    assert 0.2 < float(gap[1]) <= float(gap[0]) <= float(gap[2]) < 1
+    assert re.search(r"^analytic packets +8 of 32$", out, flags=re.MULTILINE)
+
+
+def test_theory_on_a_folder_names_what_it_cannot_read(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mixpool.theory_plots.write_figures", lambda record, folder: [])
+    (photos / "bad.jpg").write_bytes(b"not a photo")
+    folder = tmp_path / "out"
+    options = ["--size", "64", "--depth", "2", "--wavelet", "qshift_06", "--limit", "0"]
+    assert cli.main(["theory", "--images", str(photos), "--output", str(folder), *options]) == 0
+    err = capsys.readouterr().err
+    assert "3 of 4 images" in err and "cannot read bad.jpg" in err and "1 image(s) left out" in err
+    (record,) = records.read(folder / "theory.jsonl")
+    assert record["num_photos"] == 3 and record["params"]["wavelet"] == "qshift_06"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--depth", "5"], "invalid choice: 5"),
+        (["--depth", "1"], "invalid choice: 1"),
+        (["--depth", "x"], "invalid int"),
+        (["--wavelet", "haar"], "expected a q-shift family of"),
+        (["--size", "60"], "--size 89 or more at depth 3"),
+        (["--depth", "4", "--wavelet", "qshift_32"], "at depth 4 of qshift_32"),
+        (["--size", "0"], "at least 1"),
+        (["--limit", "-1"], "at least 0"),
+        (["--images", "no-such-folder"], "no-such-folder does not exist"),
+        (["--images", "."], "found no file named"),
+    ],
+)
+def test_theory_refuses_in_one_line(options, message, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert message in fails(capsys, "theory", "--output", tmp_path / "out", *options)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_theory_refuses_blank_photos(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (80, 80), "gray").save(tmp_path / "photos" / "blank.png")
+    arguments = "theory", "--images", tmp_path / "photos", "--output", tmp_path, "--size", "64", "--depth", "2"
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    assert "expected photos that show something" in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- the shared data --------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from mixpool.filters import analyze
 from mixpool.gabor import _wave, gabor_bank
 from mixpool.selection import select_by_filter
+from mixpool.stats import analyze
 
 
 @pytest.mark.parametrize("out_channels, in_channels, kernel_size", [(64, 3, 7), (96, 3, 7), (33, 1, 11), (16, 4, 6)])

@@ -1,0 +1,31 @@
+"""Draw every figure under docs/ that comes from records, from the committed records: `python -m benchmarks.figures`.
+
+The same records give the same files, to the bit on one version of matplotlib. (docs/demo.png is not among them: it
+comes from `mixpool demo --output docs`.)
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.sample import RECORDS
+from mixpool import records
+from mixpool.theory_plots import write_figures
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def draw(folder: Path = DOCS) -> list[Path]:
+    """Write all figures into a folder; returns their paths."""
+    return [path for record in records.read(RECORDS / "theory.jsonl") for path in write_figures(record, folder)]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    for path in draw():
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The summary of the theory's experiment as a table, made from its records (`Experiment.as_record`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# A number of the summary and what it is called; "-" belongs to the line above. All are of the analytic packets alone.
+ROWS = {
+    "correlation_gamma_gap": "correlation of gamma and gap",
+    "correlation_gamma_gap_spread": "- without packets whose phases pile up",
+    "correlation_gamma_blurred_gap": "- with the gap to the mean of the modulus",
+    "correlation_theory_phases_gap": "correlation of the theory's phases under the photos' modulus, and gap",
+    "correlation_theory_phases_gap_spread": "- without packets whose phases pile up",
+    "correlation_gap_change": "correlation of gap and RMax change",
+    "correlation_gap_change_spread": "- without packets whose phases pile up",
+    "correlation_turned_gap": "- gap turned by the phase that 1 px advances",
+    "correlation_gap_change_half": "correlation of gap and RMax change at half a pixel",
+    "correlation_turned_gap_half": "- gap turned by the phase that it advances",
+    "correlation_expected_change": "correlation of expected and measured RMax change",
+    "correlation_predicted_gap": "correlation of predicted and measured gap",
+    "correlation_predicted_gap_spread": "- without packets whose phases pile up",
+    "correlation_predicted_change": "correlation of predicted and measured RMax change",
+    "mean_gamma": "gamma",
+    "mean_gap": "gap",
+    "mean_gap_flat_envelope": "- were the modulus constant in each window",
+    "mean_gap_theory_phases": "- had the phases the theory's, not the modulus",
+    "change_max_horizontal": "change at 1 px to the side, RMax",
+    "change_blur1_horizontal": "- CMod, centre (paper)",
+    "change_blur3_horizontal": "- CMod, mean (mixpool)",
+    "ratio_blur1_horizontal": "RMax over CMod (centre), 1 px horizontal",
+    "ratio_blur1_vertical": "- 1 px vertical",
+    "ratio_blur1_diagonal": "- 1 px diagonal",
+    "ratio_blur3_horizontal": "RMax over CMod (mean), 1 px horizontal",
+    "ratio_blur3_vertical": "- 1 px vertical",
+    "ratio_blur3_diagonal": "- 1 px diagonal",
+}
+
+
+def summary_rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Label and one cell per record, "value (low to high)", of the numbers that any of the records holds."""
+    rows = [["", *(f"depth {record['params']['depth']}" for record in found)]]
+    rows.append(["photos", *(str(record["num_photos"]) for record in found)])
+    rows.append(["analytic packets", *(f"{record['num_analytic']} of {record['num_packets']}" for record in found)])
+    rows.append(["- of these phases pile up", *(str(record["num_crowded"]) for record in found)])
+    for name, label in ROWS.items():
+        if any(name in record["summary"] for record in found):
+            rows.append([label, *(_cell(record, name) for record in found)])
+    return rows
+
+
+def _cell(record: Mapping[str, Any], name: str) -> str:
+    value, interval = record["summary"].get(name), record["ci95"].get(name)
+    if value is None or (name.endswith("_spread") and record["num_crowded"] == 0):
+        return "-"
+    return f"{value:.3f}" + ("" if not interval or None in interval else f" ({interval[0]:.3f} to {interval[1]:.3f})")
+
+
+def summary_text(found: Sequence[Mapping[str, Any]]) -> str:
+    """The same in columns, for a terminal."""
+    rows = summary_rows(found)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        [label.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
+        for label, *cells in rows
+    )
+    return "\n".join("  ".join(line) for line in lines)
