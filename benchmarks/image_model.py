@@ -26,8 +26,8 @@ from mixpool import analytic_partner, analyze, records
 from mixpool.dead_leaves import PHOTOGRAPHS, ImageModel, dead_leaves
 from mixpool.prediction import NUM_PICTURES
 
-# Where the search looks. `contrast` follows from the others; `brightness` acts only on filters that see the mean and was
-# set by hand (1.7, of 0.8 to 2.2 tried on SqueezeNet's and open_nsfw's low-pass filters).
+# Where the search looks. `contrast` follows from the others; `brightness` acts only on filters that see the mean and
+# was set by hand (1.7, of 0.8 to 2.2 tried on SqueezeNet's and open_nsfw's low-pass filters).
 RANGES = {
     "size_exponent": (1.5, 3.6),
     "smallest": (0.8, 8.0),

@@ -1,4 +1,4 @@
-"""All measurements of this package one after the other, then the tables and the figures: `python -m benchmarks.run [NAME ...]`."""
+"""All measurements of this package, then the tables and the figures: `python -m benchmarks.run [NAME ...]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 
 from benchmarks import figures, tables
 
-NAMES = ("models", "partner", "selection", "squeezenet", "theory", "speed")
+NAMES = ("models", "partner", "prediction", "selection", "squeezenet", "theory", "speed")
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
 """Where the thresholds of select="auto" come from.
 
-    python -m benchmarks.selection          about 15 minutes on 2 cores; writes records/selection.jsonl
+    python -m benchmarks.selection          about 8 minutes on 2 cores; writes records/selection.jsonl
 
 1. Fidelity (correlation of the modulus with max pooling on photos, after the best affine map) of 288 Gabor filters
    on a 7x7/2 stem, 288 on an 11x11/4 stem, and the 96 filters of SqueezeNet, against every number that FilterStats
-   reads from the weights: which of them predicts it, and where to cut.
-2. On SqueezeNet, zero-shot top-1 against the two cuts: the slow share (no images given) and the fidelity (100 photos).
+   reads from the weights: which of them predicts it.
+2. On SqueezeNet, zero-shot top-1 against the two cuts: the predicted correlation (no images given) and the fidelity
+   (100 photos), over four splits of the photos.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from benchmarks.sample import RECORDS, difference_interval, logits, photos, shifted, split, squeezenet
 from mixpool import MixPoolStem, analyze, convert, records
 from mixpool.calibration import measure
-from mixpool.selection import select_by_filter
+from mixpool.prediction import pictures_for
+from mixpool.selection import MAX_DC_SHARE, select_by_filter
 
-NUMBERS = ("slow_share", "phase_step", "relative_bandwidth", "concentration", "dc_share")
+NUMBERS = ("predicted_correlation_blur3", "slow_share", "phase_step", "relative_bandwidth", "concentration", "dc_share")
 
 
 def gabor(frequency: tuple[float, float], sigma: float, size: int, phase: float) -> Tensor:
@@ -59,15 +61,6 @@ def fidelity_record(name: str, conv: nn.Conv2d, pool: nn.MaxPool2d, images: Tens
         number: torch.corrcoef(torch.stack([value[band_pass], fidelity[band_pass]]))[0, 1].item()
         for number, value in values.items()
     }
-    cuts = {}
-    for cut in (0.1, 0.2, 0.3, 0.4, 0.5):
-        kept = band_pass & (stats.slow_share <= cut)
-        cuts[str(cut)] = {
-            "channels": int(kept.sum()),
-            "mean_fidelity": fidelity[kept].mean().item() if kept.any() else None,
-            "tenth_percentile": fidelity[kept].quantile(0.1).item() if kept.any() else None,
-            "mean_fidelity_of_others": fidelity[band_pass & ~kept].mean().item(),
-        }
     print(f"{name}: correlation with fidelity " + ", ".join(f"{k} {v:+.2f}" for k, v in correlations.items()))
     rounded = {number: [round(v, 4) for v in value.tolist()] for number, value in values.items()}
     return records.stamp(
@@ -75,45 +68,43 @@ def fidelity_record(name: str, conv: nn.Conv2d, pool: nn.MaxPool2d, images: Tens
         filters=name,
         num_images=len(images),
         correlation_with_fidelity=correlations,
-        slow_share_cuts=cuts,
         fidelity=[round(v, 4) for v in fidelity.tolist()],
         **rounded,
     )
 
 
 def zero_shot_record(
-    cut: str, value: float, fidelities: dict[int, Tensor], images: Tensor, labels: Tensor, right_of_stock: Tensor
+    cut: str, value: float, models: list[nn.Module], images: Tensor, labels: Tensor, right: Tensor
 ) -> dict:
-    """Top-1 of SqueezeNet on the 400 photos that calibrated nothing, for one cut, over the splits of `fidelities`."""
-    seeds = list(fidelities)
-    counts, drops, lows, highs = [], [], [], []
-    for seed in seeds:
-        calibration, others = split(seed)
-        model = squeezenet()
-        if cut == "slow_share":
-            report = convert(model, select=lambda stats: select_by_filter(stats, value)[0])
-        else:
-            report = convert(model, select=(fidelities[seed] >= value).tolist(), images=images[calibration])
-        right = logits(model, images[others]).argmax(dim=1) == labels[others]
-        low, high = difference_interval(right, right_of_stock[others])
-        counts.append(report.num_modulus)
-        drops.append((right.double().mean() - right_of_stock[others].double().mean()).item() * 100)
-        lows.append(low)
-        highs.append(high)
+    """Top-1 of converted SqueezeNets on the 400 photos of each split that calibrated nothing."""
+    counts, drops, intervals = [], [], []
+    for seed, model in enumerate(models):
+        _, others = split(seed)
+        right_now = logits(model, images[others]).argmax(dim=1) == labels[others]
+        counts.append(model.features[0].num_modulus)
+        drops.append((right_now.double().mean() - right[others].double().mean()).item() * 100)
+        intervals.append(difference_interval(right_now, right[others]))
     record = records.stamp(
         "selection_zero_shot",
         model="squeezenet1_0",
         cut=cut,
         value=value,
-        seeds=seeds,
+        seeds=list(range(len(models))),
         num_images=400,
         channels=counts,
         top1_change=drops,
         mean_top1_change=sum(drops) / len(drops),
-        ci95=[[a, b] for a, b in zip(lows, highs, strict=True)],
+        ci95=intervals,
     )
-    print(f"{cut} {value:.2f}: channels {counts}, top-1 change " + ", ".join(f"{d:+.1f}" for d in drops))
+    print(f"{cut} {value:.2f}: channels {counts}, top-1 change " + ", ".join(f"{d:+.1f}" for d in drops), flush=True)
     return record
+
+
+def converted(mask: Tensor, images: Tensor) -> nn.Module:
+    """A SqueezeNet with the modulus on some channels, calibrated on images."""
+    model = squeezenet()
+    convert(model, select=mask.tolist(), images=images)
+    return model
 
 
 def main() -> None:
@@ -130,11 +121,16 @@ def main() -> None:
     stats = analyze(conv)
     stem = MixPoolStem(conv, None, nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), select="none")
     every = torch.arange(len(stats))
-    fidelities = {seed: measure(stem, every, stats, images[split(seed)[0]]).fidelity for seed in range(4)}
-    for value in track((0.78, 0.80, 0.82, 0.84, 0.86), "fidelity"):
-        results.append(zero_shot_record("fidelity", value, fidelities, images, labels, right_of_stock))
-    for value in track((0.1, 0.2, 0.3, 0.4, 0.5), "slow share"):  # no images, so that one split says it
-        results.append(zero_shot_record("slow_share", value, {0: fidelities[0]}, images, labels, right_of_stock))
+    calibration = [images[split(seed)[0]] for seed in range(4)]
+    fidelities = [measure(stem, every, stats, some).fidelity for some in calibration]
+    band_pass = stats.dc_share <= MAX_DC_SHARE
+    for value in track((0.78, 0.80, 0.82, 0.84, 0.86, 0.88), "fidelity"):
+        models = [converted(band_pass & (f >= value), some) for f, some in zip(fidelities, calibration, strict=True)]
+        results.append(zero_shot_record("fidelity", value, models, images, labels, right_of_stock))
+    for value in track((0.78, 0.80, 0.82, 0.84, 0.85, 0.86, 0.88), "predicted correlation"):
+        # What select="auto" does without images, at its own cut.
+        model = converted(select_by_filter(stats, value)[0], pictures_for(conv.weight, conv.stride))
+        results.append(zero_shot_record("prediction", value, [model] * 4, images, labels, right_of_stock))
     records.write(RECORDS / "selection.jsonl", results)
 
 

@@ -125,14 +125,14 @@ def cuts() -> str:
     for record in (r for r in read("selection") if r["kind"] == "selection_zero_shot"):
         rows.append(
             [
-                "fidelity at least" if record["cut"] == "fidelity" else "slow share at most, no images",
+                {"fidelity": "fidelity, 100 photos", "prediction": "predicted correlation, no images"}[record["cut"]],
                 f"{record['value']:.2f}",
                 ", ".join(map(str, record["channels"])),
                 f"{record['mean_top1_change']:+.2f}",
                 ", ".join(f"{change:+.1f}" for change in record["top1_change"]),
             ]
         )
-    return table(["cut", "value", "channels (of 96) per split", "mean top-1 change", "per split"], rows)
+    return table(["cut on", "at least", "channels (of 96) per split", "mean top-1 change", "per split"], rows)
 
 
 def theory() -> str:
@@ -158,6 +158,48 @@ def theory_shifts() -> str:
     return table(["shift", *(f"depth {record['params']['depth']}, {name}" for record, _, name in columns)], rows)
 
 
+STATISTICS = {
+    "correlation_blur1": "correlation, blur=1",
+    "correlation_blur3": "correlation, blur=3",
+    "gap": "gap",
+    "instability_max": "instability of RMax",
+    "instability_blur1": "of CMod, blur=1",
+    "instability_blur3": "of CMod, blur=3",
+}
+
+
+def prediction() -> str:
+    """Pearson correlation / mean absolute error of the predictions, and in brackets those of other photos."""
+    rows = []
+    for record in read("prediction"):
+        cells = [record["filters"], f"{record['group']}, {record['num_filters']}"]
+        for name in STATISTICS:
+            shown = [
+                f"{record[of][name]['pearson']:.3f} / {record[of][name]['mean_absolute_error']:.3f}"
+                for of in ("agreement", "ceiling")
+            ]
+            cells.append(f"{shown[0]} ({shown[1]})")
+        rows.append(cells)
+    first = read("prediction")[0]
+    return (
+        table(["filters", "which, number", *STATISTICS.values()], rows)
+        + f"\n\nTime for 64 filters of 7x7: {first['seconds_for_64_filters']:.2f} s. {machine_line(first)}"
+    )
+
+
+def image_model() -> str:
+    """The synthetic pictures' mean absolute errors where they were fitted."""
+    record = read("image_model")[0]
+    errors = record["mean_absolute_error"]
+    names = [*STATISTICS, "gain", "offset"]
+    rows = [[name, *(f"{values[n]:.3f}" for n in names)] for name, values in errors.items()]
+    before, after = record["distance"]
+    return (
+        table(["filters", *STATISTICS.values(), "gain", "offset / rms"], rows)
+        + f"\n\n{record['models_tried']} models tried, sum of errors {before:.3f} -> {after:.3f}; {machine_line(record)}"
+    )
+
+
 def models() -> str:
     record = read("models")[0]
     rows = [[tier, str(count)] for tier, count in record["counts"].items()]
@@ -171,7 +213,20 @@ def models() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (conversion, shifts, speed, partner, fidelity, cuts, models, theory, theory_shifts)
+    f.__name__: f
+    for f in (
+        conversion,
+        shifts,
+        speed,
+        partner,
+        fidelity,
+        cuts,
+        prediction,
+        image_model,
+        models,
+        theory,
+        theory_shifts,
+    )
 }
 
 

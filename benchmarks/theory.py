@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from rich.progress import track
 
 from benchmarks.sample import RECORDS, shared_folder
 from mixpool import records
 from mixpool.data import load_images
 from mixpool.experiment import run_experiment
+from mixpool.prediction import predict
 from mixpool.theory_table import summary_text
 
 SIZE = 256  # as `mixpool theory`
@@ -23,12 +23,14 @@ DEPTHS = (2, 3)
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # as `mixpool theory`
     photos = load_images(shared_folder() / "data/imagenet_sample/val", SIZE)
     found = []
     for depth in DEPTHS:
         experiment = run_experiment(
-            photos.images, depth, track=lambda steps, total, depth=depth: track(steps, f"depth {depth}", total)
+            photos.images,
+            depth,
+            predict=predict,
+            track=lambda steps, total, depth=depth: track(steps, f"depth {depth}", total),
         )
         found.append(experiment.as_record("imagenet_sample"))
     print(summary_text(found))

@@ -150,11 +150,10 @@ def run_convert_command(options: argparse.Namespace) -> None:
 def run_theory_command(options: argparse.Namespace) -> None:
     folder = _writable_folder(options.output)
 
-    import torch
-
     from mixpool import records
     from mixpool.data import demo_photos
     from mixpool.experiment import run_experiment, smallest_photo
+    from mixpool.prediction import predict
     from mixpool.theory_plots import write_figures
     from mixpool.theory_table import summary_text
 
@@ -169,15 +168,16 @@ def run_theory_command(options: argparse.Namespace) -> None:
         source, images = "those of scikit-image", demo_photos(options.size)[1][: options.limit or None]
     else:
         source, images = options.images, _folder_photos(options, options.size).images
-    torch.set_num_threads(1)  # the maps of a photo are small: on a busy machine several threads wait for one another
     found = []
     for depth in depths:
         track = _progress(f"moving {len(images)} photos, depth {depth}")
-        found.append(run_experiment(images, depth, wavelet=options.wavelet, track=track).as_record(source))
+        found.append(
+            run_experiment(images, depth, wavelet=options.wavelet, predict=predict, track=track).as_record(source)
+        )
     path = folder / "theory.jsonl"
     records.write(path, found)
     figures = [figure for record in found for figure in write_figures(record, folder)]
-    print("Means and correlations over the analytic packets, in brackets 95 % intervals over photos:\n")
+    print("Means and correlations over the analytic packets; in brackets 95 % intervals over photos:\n")
     print(summary_text(found))
     print(f"\nrecords: {path}")
     print("\n".join(f"picture: {figure}" for figure in figures))

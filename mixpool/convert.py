@@ -57,8 +57,9 @@ def convert(
 
     Args:
         model: a timm, torchvision or own model, pretrained or not, training or not.
-        select: which channels take the modulus: "auto" (by the filters; with `images` also by how they pool them),
-            "all", "none", C_out booleans, or a function of FilterStats that returns such.
+        select: which channels take the modulus: "auto" (those whose modulus follows their max pooling: on the images,
+            or as predicted from the filters, which also calibrates trained stems on synthetic pictures), "all",
+            "none", C_out booleans, or a function of FilterStats that returns such.
         blur: 3 for a binomial mean of the modulus over the pooling window, 1 for its centre alone (paper 2's CMod).
         max_blur: 3 to pool the max channels as BlurPool does; a model built with BlurPool keeps it (3).
         imag: "tied": the imaginary filters follow the real ones; "free": they are a parameter of their own.
@@ -91,7 +92,8 @@ def convert(
         notes.append(f"built with BlurPool: {found.blur} is part of the stem, so max_blur=3")
     norm = None if found.norm is None else found.modules[found.norm]
     check_parts(conv, norm, found.act_module, pool)
-    if isinstance(select, str) and select == "auto" and not found.is_first:
+    is_automatic = isinstance(select, str) and select == "auto"
+    if is_automatic and not found.is_first:
         select = "none"
 
     undo = []
@@ -101,7 +103,7 @@ def convert(
         inputs = None if batches is None else module_inputs(model, conv, batches)
         undo.append(_values_restorer(conv, norm))
         is_shared = _is_shared(model, conv, norm)
-        if is_shared and images is not None:
+        if is_shared and (images is not None or is_automatic):
             notes.append("not calibrated: a parameter of the stem is used elsewhere in the model too")
         mixed = MixPoolStem(
             conv,
@@ -123,6 +125,12 @@ def convert(
             },
             modules={},
         )
+        if images is None and bool((mixed.calibration[:, 0] != 1).any()):
+            notes.append(
+                "the swapped channels were calibrated on synthetic pictures"
+                + ("" if norm is not None else ", for an input normalised as ImageNet's")
+                + "; with images= on real ones"
+            )
         notes += _swap(model, found, mixed, undo)
         if imag == "free":
             notes.append(f"{found.conv}.weight_imag is a new parameter: an optimizer built before does not train it")
@@ -139,7 +147,7 @@ def convert(
             notes.append("effect not measured: the model's outputs on the images were not finite before the conversion")
         elif batches is not None:
             notes.append("effect not measured: the model's output is not a table of logits (N, classes)")
-        if isinstance(select, str) and select == "auto":
+        if is_automatic and found.is_first:
             notes += _nothing_selected(mixed.channel_plan)
     except BaseException:
         for step in reversed(undo):
@@ -277,8 +285,8 @@ def _nothing_selected(plan: ChannelPlan) -> list[str]:
         return []
     if plan.fidelity is None or plan.fidelity.isnan().all():
         return [
-            "no filter is a fast band-pass filter (untrained weights? load them first, or choose channels by select=): "
-            "everything stays on max pooling"
+            "no filter's modulus is expected to follow its max pooling (untrained weights? load them first, start from "
+            "a filter bank by initialize(), or choose channels by select=): everything stays on max pooling"
         ]
     best = plan.fidelity[~plan.fidelity.isnan()].max()
     return [

@@ -11,7 +11,7 @@ keeps the spectrum, hence every packet's energy: linear or bicubic interpolation
 change by the blur.
 
 Legend: N photographs, n packets, S shifts, D directions; rows of instabilities run over directions, then over shifts.
-Source: Leterme, Polisano, Perrier, Alahari, arXiv 2209.11740, section 5.
+Source: Leterme, Polisano, Perrier, Alahari, arXiv 2209.11740.
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ class Experiment:
             "correlation_theory_phases_gap": _correlation(turning[kept], gap[kept]),
             "correlation_theory_phases_gap_spread": _correlation(turning[spread], gap[spread]),
             "correlation_gamma_blurred_gap": _correlation(gamma[kept], blurred[kept]),
-            "largest_share_of_bound": (self.measured.instability_blur1[:, kept] / self.bound[:, None]).max(),
+            # A shift of 0 has 0 / 0.
+            "largest_share_of_bound": (self.measured.instability_blur1[:, kept] / self.bound[:, None])
+            .nan_to_num()
+            .max(),
         }
         return {name: number.item() for name, number in numbers.items()}
 

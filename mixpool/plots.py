@@ -14,8 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, Rectangle
 from torch import Tensor
 
-from mixpool.selection import MIN_PHASE_STEP
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -92,9 +90,7 @@ def _draw_frequency_plane(axes: Axes, plan: ChannelPlan) -> None:
     is_modulus = torch.tensor(plan.is_modulus)
     axes.add_patch(Rectangle((-math.pi, -math.pi), 2 * math.pi, 2 * math.pi, facecolor="#F5F5F5", edgecolor="#888888"))
     stride_y, stride_x = stats.stride
-    axes.add_patch(
-        Ellipse((0, 0), 2 * MIN_PHASE_STEP / stride_x, 2 * MIN_PHASE_STEP / stride_y, fc="white", ec=MUTED, ls="--")
-    )
+    axes.add_patch(Ellipse((0, 0), math.pi / stride_x, math.pi / stride_y, fc="white", ec=MUTED, ls="--"))
     for chosen, color, marker, label in (
         (~is_modulus, MAX_COLOR, "s", "max pooling"),
         (is_modulus, MODULUS_COLOR, "o", "modulus"),
@@ -114,7 +110,7 @@ def _draw_frequency_plane(axes: Axes, plan: ChannelPlan) -> None:
     axes.tick_params(labelsize=9, length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    note = f"dashed: {MIN_PHASE_STEP:g} rad per step of the convolution; square: Nyquist; faint: mirror images"
+    note = "dashed: a quarter wave per step of the convolution; square: Nyquist; faint: mirror images"
     axes.text(0.5, -0.205, note, transform=axes.transAxes, ha="center", size=7.5, color=MUTED)
     axes.legend(loc="lower center", bbox_to_anchor=(0.46, 0.965), ncols=2, frameon=False, fontsize=9, handletextpad=0.1)
 

@@ -5,35 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# A number of the summary and what it is called; "-" belongs to the line above. All are of the analytic packets alone.
+# A number of the summary and what it is called; "-" belongs to the line above. All are of the analytic packets alone;
+# changes in a correlation are those to the side.
 ROWS = {
     "correlation_gamma_gap": "correlation of gamma and gap",
     "correlation_gamma_gap_spread": "- without packets whose phases pile up",
-    "correlation_gamma_blurred_gap": "- with the gap to the mean of the modulus",
-    "correlation_theory_phases_gap": "correlation of the theory's phases under the photos' modulus, and gap",
-    "correlation_theory_phases_gap_spread": "- without packets whose phases pile up",
-    "correlation_gap_change": "correlation of gap and RMax change",
-    "correlation_gap_change_spread": "- without packets whose phases pile up",
-    "correlation_turned_gap": "- gap turned by the phase that 1 px advances",
-    "correlation_gap_change_half": "correlation of gap and RMax change at half a pixel",
-    "correlation_turned_gap_half": "- gap turned by the phase that it advances",
-    "correlation_expected_change": "correlation of expected and measured RMax change",
+    "correlation_gamma_blurred_gap": "- gap to CMod (mean) instead",
     "correlation_predicted_gap": "correlation of predicted and measured gap",
     "correlation_predicted_gap_spread": "- without packets whose phases pile up",
-    "correlation_predicted_change": "correlation of predicted and measured RMax change",
-    "mean_gamma": "gamma",
-    "mean_gap": "gap",
+    "correlation_theory_phases_gap": "correlation of gap, and gap with the theory's phases",
+    "correlation_theory_phases_gap_spread": "- without packets whose phases pile up",
+    "correlation_gap_change": "correlation of gap and change of RMax, 1 px",
+    "correlation_gap_change_spread": "- without packets whose phases pile up",
+    "correlation_turned_gap": "- gap turned by the advance of the phase",
+    "correlation_gap_change_half": "correlation of gap and change of RMax, 0.5 px",
+    "correlation_turned_gap_half": "- gap turned by the advance of the phase",
+    "correlation_expected_change": "correlation of expected and measured change of RMax",
+    "correlation_predicted_change": "correlation of predicted and measured change of RMax",
+    "mean_gamma": "mean gamma",
+    "mean_gap": "mean gap",
     "mean_gap_flat_envelope": "- were the modulus constant in each window",
-    "mean_gap_theory_phases": "- had the phases the theory's, not the modulus",
-    "change_max_horizontal": "change at 1 px to the side, RMax",
-    "change_blur1_horizontal": "- CMod, centre (paper)",
-    "change_blur3_horizontal": "- CMod, mean (mixpool)",
-    "ratio_blur1_horizontal": "RMax over CMod (centre), 1 px horizontal",
-    "ratio_blur1_vertical": "- 1 px vertical",
-    "ratio_blur1_diagonal": "- 1 px diagonal",
-    "ratio_blur3_horizontal": "RMax over CMod (mean), 1 px horizontal",
-    "ratio_blur3_vertical": "- 1 px vertical",
-    "ratio_blur3_diagonal": "- 1 px diagonal",
+    "mean_gap_theory_phases": "- were the phases the theory's",
+    "change_max_horizontal": "mean change of RMax, 1 px to the side",
+    "change_blur1_horizontal": "- of CMod (centre), the paper's",
+    "change_blur3_horizontal": "- of CMod (mean), mixpool's",
+    "ratio_blur1_horizontal": "change of RMax over CMod (centre), 1 px to the side",
+    "ratio_blur1_vertical": "- 1 px down",
+    "ratio_blur1_diagonal": "- 1 px along both axes",
+    "ratio_blur3_horizontal": "change of RMax over CMod (mean), 1 px to the side",
+    "ratio_blur3_vertical": "- 1 px down",
+    "ratio_blur3_diagonal": "- 1 px along both axes",
 }
 
 
@@ -42,7 +43,7 @@ def summary_rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     rows = [["", *(f"depth {record['params']['depth']}" for record in found)]]
     rows.append(["photos", *(str(record["num_photos"]) for record in found)])
     rows.append(["analytic packets", *(f"{record['num_analytic']} of {record['num_packets']}" for record in found)])
-    rows.append(["- of these phases pile up", *(str(record["num_crowded"]) for record in found)])
+    rows.append(["- of these, phases pile up", *(str(record["num_crowded"]) for record in found)])
     for name, label in ROWS.items():
         if any(name in record["summary"] for record in found):
             rows.append([label, *(_cell(record, name) for record in found)])

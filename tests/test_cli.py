@@ -328,7 +328,7 @@ def test_theory_measures_and_draws(tmp_path, capsys):
     assert record["num_photos"] == 2 and record["params"]["depth"] == 2 and "scikit-image" in record["photos"]
     pictures = re.findall(r"^picture: (.*)$", out, flags=re.MULTILINE)
     assert sorted(pictures) == sorted(str(path) for path in folder.glob("*.png")) and len(pictures) == 4
-    (gap,) = re.findall(r"^gap +([\d.]+) \(([\d.]+) to ([\d.]+)\)$", out, flags=re.MULTILINE)
+    (gap,) = re.findall(r"^mean gap +([\d.]+) \(([\d.]+) to ([\d.]+)\)$", out, flags=re.MULTILINE)
     assert 0.2 < float(gap[1]) <= float(gap[0]) <= float(gap[2]) < 1
     assert re.search(r"^analytic packets +8 of 32$", out, flags=re.MULTILINE)
 

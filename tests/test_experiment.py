@@ -70,6 +70,7 @@ def test_nothing_moves_at_no_shift(experiment):
     still = run_experiment(texture(1), depth=2, shifts=(0, 1), directions=("horizontal", "diagonal"))
     for values in still.measured[3:]:
         assert values.shape == (4, 32) and (values[[0, 2]] == 0).all() and (values[[1, 3]] > 0).all()
+    assert 0 < still.summary()["largest_share_of_bound"] < 1
     assert still.bound[[0, 2]].tolist() == [0, 0] and (still.expected_change[[0, 2]] == 0).all()
 
 
@@ -218,7 +219,7 @@ def test_one_photo_has_no_interval():
     found = run_experiment(texture(1), depth=2, shifts=[1], directions=["horizontal"])
     record = found.as_record("noise")
     assert found.intervals == {} == record["ci95"]
-    assert ["gap", f"{found.summary()['mean_gap']:.3f}"] in summary_rows([record])
+    assert ["mean gap", f"{found.summary()['mean_gap']:.3f}"] in summary_rows([record])
     json.dumps(record, allow_nan=False)
 
 
@@ -242,7 +243,7 @@ def test_the_table_has_a_column_per_record(experiment):
     assert rows[0] == ["", "depth 2", "depth 2"] and all(len(row) == 3 for row in rows)
     cells = dict((row[0], row[1]) for row in rows)
     low, high = experiment.intervals["mean_gap"]
-    assert cells["gap"] == f"{experiment.summary()['mean_gap']:.3f} ({low:.3f} to {high:.3f})"
+    assert cells["mean gap"] == f"{experiment.summary()['mean_gap']:.3f} ({low:.3f} to {high:.3f})"
     lines = summary_text([record]).splitlines()
     assert len(lines) == len(rows) and len({len(line) for line in lines}) == 1
 

@@ -1,5 +1,7 @@
 """Figures: what they show can be read off their artists, and files come out in the format asked for."""
 
+import math
+
 import pytest
 import torch
 from matplotlib.patches import Ellipse, Rectangle
@@ -8,7 +10,6 @@ from PIL import Image
 from mixpool.gabor import gabor_bank
 from mixpool.layers import MixPoolStem
 from mixpool.plots import MODULUS_COLOR, _tiles, plot_demo, plot_filter_bank, save_figure
-from mixpool.selection import MIN_PHASE_STEP
 
 
 def stem(channels=20, in_channels=3, **options):
@@ -47,7 +48,7 @@ def test_the_plane_holds_every_filter_at_its_frequency():
     got = torch.tensor(points[f"modulus: {plan.num_modulus} channels"].data)
     torch.testing.assert_close(got, expected)
     (circle,) = [patch for patch in plane.patches if isinstance(patch, Ellipse)]
-    assert circle.width == circle.height == MIN_PHASE_STEP  # diameter 2 * MIN_PHASE_STEP / stride of 2
+    assert circle.width == circle.height == math.pi / 2  # twice a quarter wave, pi / 2, per step of 2 pixels
 
 
 @pytest.mark.parametrize("options", [{"select": "all"}, {"select": "none"}, {"channels": 3, "in_channels": 1}])

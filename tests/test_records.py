@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import tables
+from benchmarks import figures, tables
 from mixpool import records
 
 
@@ -41,3 +43,42 @@ def test_the_commit_is_that_of_the_start(monkeypatch):
     before = records.stamp("speed")["code"]
     monkeypatch.setattr(records, "_commit", lambda folder: {"commit": "another", "dirty": True})
     assert records.stamp("speed")["code"] == before
+
+
+# --- the theory's page ------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_up_to_date(tmp_path):
+    drawn = figures.draw(tmp_path)
+    assert {path.name for path in drawn} == {path.name for path in figures.DOCS.glob("theory-*.png")}
+    for path in drawn:
+        committed = figures.DOCS / path.name
+        assert committed.stat().st_size < 200_000
+        with Image.open(path) as new, Image.open(committed) as old:
+            # Another matplotlib or FreeType may move a line by a pixel, but not change the picture.
+            assert new.size == old.size
+            difference = np.abs(np.asarray(new.convert("RGB"), float) - np.asarray(old.convert("RGB"), float))
+            assert difference.mean() < 2, f"{path.name}: run python -m benchmarks.figures"
+
+
+def test_the_claims_of_the_theorys_page():
+    shallow, deep = tables.read("theory")
+    assert (deep["num_analytic"], deep["num_packets"], deep["num_crowded"]) == (72, 128, 8)
+    assert (shallow["num_analytic"], shallow["num_packets"], shallow["num_crowded"]) == (8, 32, 0)
+    found = deep["summary"]
+    assert found["correlation_gamma_gap"] > 0.85 and found["correlation_gap_change"] > 0.85
+    assert abs(found["correlation_gamma_gap_spread"]) < 0.3, "gamma orders nothing among the others"
+    assert found["ratio_blur1_horizontal"] > 2.5 and shallow["summary"]["ratio_blur1_horizontal"] > 1.85
+    assert min(found["correlation_theory_phases_gap"], found["correlation_theory_phases_gap_spread"]) > 0.95
+    assert found["mean_gap_flat_envelope"] < 1.1 * found["mean_gamma"]
+    assert found["correlation_turned_gap_half"] > 0.95
+    for record in (shallow, deep):
+        kept = np.array(record["is_analytic"])
+        of_max, centre, mean = (
+            np.array(record[f"change_{name}"])[:, :, kept].mean(axis=2) for name in ("max", "blur1", "blur3")
+        )
+        assert (mean < of_max).all() and (mean < centre).all(), "mixpool's pooling changes least"
+        shifts, stride = record["params"]["shifts"], record["params"]["stride"]
+        assert (centre[:2, shifts.index(stride)] > of_max[:2, shifts.index(stride)]).all(), "at a whole stride"
+        assert record["summary"]["largest_share_of_bound"] < 1
+        assert min(gap for gap, shown in zip(record["gap"], kept, strict=True) if shown) > 0.4
