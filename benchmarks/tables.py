@@ -196,7 +196,8 @@ def image_model() -> str:
     before, after = record["distance"]
     return (
         table(["filters", *STATISTICS.values(), "gain", "offset / rms"], rows)
-        + f"\n\n{record['models_tried']} models tried, sum of errors {before:.3f} -> {after:.3f}; {machine_line(record)}"
+        + f"\n\n{record['models_tried']} models tried, sum of errors {before:.3f} -> {after:.3f}. "
+        + machine_line(record)
     )
 
 
