@@ -255,9 +255,8 @@ def report_as_dict(report: ConversionReport, options: argparse.Namespace, photos
         "relative_bandwidth": stats.relative_bandwidth.tolist(),
         "concentration": stats.concentration.tolist(),
         "dc_share": stats.dc_share.tolist(),
-        "fidelity": [None] * len(plan.kinds)
-        if plan.fidelity is None
-        else [None if math.isnan(value) else value for value in plan.fidelity.tolist()],
+        **{f"predicted_{name}": _or_none(values.flatten()) for name, values in stats.predicted._asdict().items()},
+        "fidelity": [None] * len(plan.kinds) if plan.fidelity is None else _or_none(plan.fidelity),
     }
     channels = [
         {"channel": i, "kind": kind, "reason": reason, **{name: column[i] for name, column in columns.items()}}
@@ -285,6 +284,10 @@ def report_as_dict(report: ConversionReport, options: argparse.Namespace, photos
         "notes": list(report.notes),
         "channels": channels,
     }
+
+
+def _or_none(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:

@@ -155,7 +155,7 @@ class Comparison:
         """
         if self._count == 0:
             raise ValueError("expected maps to compare, got none: call add() first")
-        return _stats(self._sums, self._changes, torch.tensor(self._count))
+        return _stats(self._sums, self._changes, self._sums.new_tensor(self._count))
 
 
 def resample(parts: Sequence[Comparison], draws: int, seed: int = 0) -> PoolingStats:
@@ -174,13 +174,14 @@ def resample(parts: Sequence[Comparison], draws: int, seed: int = 0) -> PoolingS
         raise ValueError(f"expected comparisons that maps were added to, got {[part._count for part in parts]}")
     if len({part._changes.shape for part in parts}) > 1:
         raise ValueError(f"expected equal shifts and channels, got {[tuple(part._changes.shape) for part in parts]}")
+    sums = torch.stack([part._sums for part in parts])  # on the CPU, whatever the default device
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(parts), (draws, len(parts)), generator=generator)
-    times = torch.zeros(draws, len(parts), dtype=torch.float64)
+    chosen = torch.randint(len(parts), (draws, len(parts)), generator=generator, device=sums.device)
+    times = sums.new_zeros(draws, len(parts))
     times.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
-    sums = torch.tensordot(times, torch.stack([part._sums for part in parts]), dims=1)
     changes = torch.tensordot(times, torch.stack([part._changes for part in parts]), dims=1)
-    counts = times @ torch.tensor([part._count for part in parts], dtype=torch.float64)
+    counts = times @ sums.new_tensor([part._count for part in parts])
+    sums = torch.tensordot(times, sums, dims=1)
     return _stats(sums, changes, counts)
 
 

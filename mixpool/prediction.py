@@ -22,7 +22,7 @@ from torch import Tensor
 from mixpool.comparison import Comparison, Poolings, PoolingStats, pool_both
 from mixpool.dead_leaves import dead_leaves
 from mixpool.filters import analytic_partner, check_weight, pair
-from mixpool.reference import PoolGeometry, max_pool
+from mixpool.reference import PoolGeometry, max_pool, without_autocast
 
 NUM_PICTURES = 16
 LEAST_INTERIOR = 128  # pixels of a picture's side that filters may be centred on, at least
@@ -41,8 +41,9 @@ def predict(
     """Gap, correlation and instability of the poolings of each filter, as they are expected on photographs.
 
     Args:
-        weight: (C, I, kH, kW) floating point, on any device. With I = 3 the input is RGB, in any affine scale; with
-            any other number all input channels see the same gray picture.
+        weight: (C, I, kH, kW) floating point, on any device. With I = 3 the input is RGB, in any affine scale; of
+            any other number the gray picture is seen through the filter's main spatial pattern (the first singular
+            vector over input channels), since nothing is known about what the channels have in common.
         stride: pixels per step of the convolution.
         weight_imag: the imaginary parts, like `weight`; default the analytic partners on the same taps.
         window: positions of the convolution per axis under a pooling window, 2 or 3; windows lie 2 apart.
@@ -71,16 +72,17 @@ def predict(
 
     pictures = _pictures(_picture_size(weight.shape[-2:], stride))
     if weight.shape[1] != 3:
-        pictures, kernels = pictures.mean(dim=1, keepdim=True), kernels.sum(dim=1, keepdim=True)
+        pictures, kernels = pictures.mean(dim=1, keepdim=True), _main_pattern(kernels, len(weight))
     kernels = kernels.contiguous(memory_format=torch.channels_last)
     comparison = Comparison()
     height, width = (side - pixels for side, pixels in zip(pictures.shape[-2:], shift, strict=True))
-    for batch in pictures.split(BATCH):
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        here = F.conv2d(batch[..., :height, :width], kernels, stride=stride)
-        there = F.conv2d(batch[..., shift[0] :, shift[1] :], kernels, stride=stride)
-        for before, after in zip(_of_both_signs(here, window), _of_both_signs(there, window), strict=True):
-            comparison.add(before, [after])
+    with without_autocast(pictures):
+        for batch in pictures.split(BATCH):
+            batch = batch.contiguous(memory_format=torch.channels_last)
+            here = F.conv2d(batch[..., :height, :width], kernels, stride=stride)
+            there = F.conv2d(batch[..., shift[0] :, shift[1] :], kernels, stride=stride)
+            for before, after in zip(_of_both_signs(here, window), _of_both_signs(there, window), strict=True):
+                comparison.add(before, [after])
     return comparison.result()
 
 
@@ -104,6 +106,12 @@ def _scale(kernels: Tensor, count: int) -> Tensor:
     """(2 C, 1, 1, 1) norm of each filter W + iV, 1 for a zero one: scales cancel, but float32 sums might overflow."""
     norm = kernels.flatten(1).square().sum(dim=1).reshape(2, count).sum(dim=0).sqrt()
     return torch.where(norm > 0, norm, 1.0).repeat(2)[:, None, None, None]
+
+
+def _main_pattern(kernels: Tensor, count: int) -> Tensor:
+    """(2 C, 1, kH, kW): real and imaginary parts mixed over input channels as suits each real part best."""
+    mix, _, _ = torch.linalg.svd(kernels[:count].flatten(2), full_matrices=False)
+    return torch.einsum("ci,ciyx->cyx", mix[:, :, 0].repeat(2, 1), kernels)[:, None]
 
 
 def _picture_size(kernel_size: Sequence[int], stride: Sequence[int]) -> int:

@@ -29,8 +29,8 @@ from mixpool.prediction import predict
 class FilterStats:
     """The numbers that describe each filter of a convolution. All tensors are on the CPU.
 
-    What is named `predicted_` is computed when it is first asked for (under a second for 64 filters of 7x7): the
-    filter's poolings on synthetic pictures stand for those on photographs, see `mixpool.prediction`; the exact
+    What is named `predicted_` is computed when it is first asked for (half a second for 64 filters of 7x7 at stride 2):
+    the filter's poolings on synthetic pictures stand for those on photographs, see `mixpool.prediction`; the exact
     definitions are in `mixpool.comparison`. NaN for a zero filter. RMax is the maximum of the real response over the
     window, CMod the modulus of W + iV with the tied partner V, blur 1 or 3 as in MixPoolStem.
 
@@ -42,7 +42,7 @@ class FilterStats:
         slow_share: (C,) share of the filter's response to natural images that turns by less than a quarter of a
             wave per step of the convolution, in [0, 1]; see `filters.slow_share`.
         stride: pixels per step of the convolution, (y, x).
-        weight: (C, I, kH, kW) float32, the filters themselves.
+        weight: (C, I, kH, kW) float64, the filters themselves.
         window: positions of the convolution per axis under one pooling window, 2 or 3.
     """
 
@@ -160,6 +160,6 @@ def analyze(
         dc_share=dc_share(weight, power=power),
         slow_share=slow_share(weight, stride, power=power),
         stride=stride,
-        weight=weight.float(),
+        weight=weight,
         window=window,
     )

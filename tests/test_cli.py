@@ -120,6 +120,9 @@ def test_inspect_json_with_images_and_plot(checkpoint, photos, tmp_path, capsys)
     measured = [c for c in report["channels"] if c["fidelity"] is not None]
     assert len(measured) >= 20 and all(-1 <= c["fidelity"] <= 1 for c in measured)
     assert all(c["fidelity"] is not None for c in report["channels"] if c["kind"] == "modulus")
+    stats = mixpool.analyze(load_file(checkpoint)["features.0.weight"], 2)
+    for name in ("predicted_gap", "predicted_correlation_blur3", "predicted_instability_max"):
+        assert [c[name] for c in report["channels"]] == pytest.approx(getattr(stats, name).tolist(), abs=1e-6)
     with Image.open(plot) as image:
         assert image.format == "PNG"
 

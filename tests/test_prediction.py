@@ -165,6 +165,38 @@ def test_gray_input_is_the_gray_picture():
     assert_same(two, gray)
 
 
+@pytest.mark.parametrize("in_channels", [2, 4, 5])
+def test_opponents_of_other_channels_are_seen(in_channels):
+    """Channels that cancel each other on a gray picture are no empty filter; the colours' mix does not matter."""
+    wave = bank([1.7])[:, :1]
+    mix = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0])[:in_channels]
+    stats = predict(wave * mix[:, None, None], 2)
+    assert_same(stats, predict(wave, 2), 1e-4)
+
+
+def test_global_settings_do_not_matter():
+    weight = bank([1.2, 1.7])
+    reference = predict(weight, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(predict(weight, 2), reference)
+    with torch.device("meta"):
+        assert_same(predict(weight, 2), reference)
+        assert_same(analyze(weight, 2).predicted, reference)
+    with torch.inference_mode():
+        assert_same(predict(weight, 2), reference)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same(predict(weight, 2), reference)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_scale_of_stats_does_not_matter():
+    weight = bank([1.7]).double()
+    for factor in (1e-50, 1e50):
+        assert_same(analyze(weight * factor, 2).predicted, predict(weight, 2))
+
+
 def test_zero_filters_are_undefined_and_harm_nobody():
     weight = bank([1.6])
     weight[1] = 0
