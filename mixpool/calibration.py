@@ -104,7 +104,7 @@ def typical_pictures(stem: MixPoolStem) -> Tensor:
     if stem.bn is None:
         return pictures
     weight = stem.weight.detach().to("cpu", torch.float32)
-    var = F.conv2d(pictures, weight, stride=stem.stride, dilation=stem.dilation).var(dim=(0, 2, 3))
+    var = F.conv2d(pictures, weight, stride=stem.stride).var(dim=(0, 2, 3))
     ratio = (stem.bn.running_var.float().cpu() / var)[var > 0]
     return pictures * ratio.median().sqrt() if len(ratio) > 0 else pictures
 

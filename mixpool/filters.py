@@ -15,6 +15,7 @@ from torch import Tensor
 
 SPECTRUM_SIZE = 65  # odd, so that no bin is its own mirror image but DC
 PRIOR_SIZE = 255  # side of the frequency grid on which the partner is fitted
+MAX_MAP_TAPS = 225  # above, the partner is computed without its map
 
 
 def power_spectrum(weight: Tensor, size: int | None = None) -> Tensor:
@@ -194,8 +195,31 @@ def analytic_partner(weight: Tensor, direction: Tensor | None = None) -> Tensor:
         (C, I, kH, kW), dtype of `weight`; differentiable with respect to `weight` at fixed direction.
     """
     direction = center_frequency(weight).detach() if direction is None else direction
+    if weight.shape[-2] * weight.shape[-1] > MAX_MAP_TAPS:
+        return _solve_partner(weight, direction)
     partner_map = analytic_partner_map(direction, weight.shape[-2:])
     return apply_partner_map(partner_map.to(weight.dtype), weight)
+
+
+def _solve_partner(weight: Tensor, direction: Tensor) -> Tensor:
+    """What `analytic_partner_map` gives when applied, without the maps: one factorisation for all channels.
+
+    The maps of 64 filters of 31x31 hold 470 MB, of 65x65 9 GB; here it is one matrix of that kind.
+    """
+    taps_y, taps_x = weight.shape[-2:]
+    size = max(PRIOR_SIZE, 2 * max(taps_y, taps_x) + 1)  # no lag wraps around
+    grid = frequency_grid(size, weight.device)
+    prior = partner_prior(grid)
+    prior_kernel = torch.fft.ifft2(prior).real
+    row_lag = (_lags(taps_y, weight.device) - taps_y + 1)[:, None, :, None].expand(taps_y, taps_x, taps_y, taps_x)
+    column_lag = (_lags(taps_x, weight.device) - taps_x + 1)[None, :, None, :].expand(taps_y, taps_x, taps_y, taps_x)
+    factor = torch.linalg.cholesky(prior_kernel[row_lag, column_lag].reshape(taps_y * taps_x, -1))
+    right_side = []
+    for kernel, side in zip(weight.double(), half_plane_side(grid, direction.double()), strict=True):
+        spectrum = torch.fft.fft2(kernel, s=(size, size)) * (-1j * side * prior)
+        right_side.append(torch.fft.ifft2(spectrum).real[..., :taps_y, :taps_x].flatten(1))
+    partner = torch.cholesky_solve(torch.stack(right_side).flatten(0, 1).T, factor).T
+    return partner.reshape(weight.shape).to(weight.dtype)
 
 
 def hilbert_partner(weight: Tensor, direction: Tensor | None = None, size: int = PRIOR_SIZE) -> Tensor:

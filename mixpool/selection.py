@@ -47,6 +47,8 @@ def make_plan(
     """
     stats = analyze(stem.weight, stem.stride, window=stem.window)
     if isinstance(select, str) and select == "auto":
+        if stem.dilation != (1, 1):  # between its taps lie zeros, which mirror every frequency band
+            return _plan(torch.zeros(len(stats), dtype=torch.bool), ["dilated convolution"] * len(stats), stats), None
         if images is None:
             mask, reasons = select_by_filter(stats)
             fits = None

@@ -14,7 +14,7 @@ from support import assert_close, assert_same_bits, gabor
 from torch import Tensor, nn
 
 import mixpool
-from mixpool import analytic_filter, analytic_partner, analyze, hilbert_partner
+from mixpool import analytic_filter, analytic_partner, analyze, filters, hilbert_partner
 from mixpool.filters import (
     PRIOR_SIZE,
     analytic_partner_map,
@@ -497,3 +497,20 @@ def test_errors_of_analyze(weight, stride, message):
 def test_power_spectrum_wants_an_odd_grid_that_holds_the_kernel(size):
     with pytest.raises(ValueError, match="expected an odd size of at least 7"):
         power_spectrum(torch.randn(1, 1, 7, 7), size)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 7, 7), (3, 2, 11, 9), (2, 1, 15, 15), (5, 2, 4, 6), (2, 2, 1, 5)])
+def test_large_kernels_solve_for_the_same_partner(shape, monkeypatch):
+    """Above 225 taps no map is built; the partner is the same."""
+    weight = torch.randn(shape, dtype=torch.float64)
+    expected = analytic_partner(weight)
+    monkeypatch.setattr(filters, "MAX_MAP_TAPS", 0)
+    torch.testing.assert_close(analytic_partner(weight), expected, atol=1e-9, rtol=0)
+
+
+def test_kernels_larger_than_the_prior_are_one_sided():
+    """A long wave packet, whose partner is the same packet in quadrature."""
+    wave, quadrature = (gabor(0.9, 0.4, 41, 6.0, phase) for phase in (0.0, math.pi / 2))
+    error = (analytic_partner(wave) - quadrature).norm() / quadrature.norm()
+    mirrored = (analytic_partner(wave) + quadrature).norm() / quadrature.norm()
+    assert min(error, mirrored) < 5e-3

@@ -405,6 +405,13 @@ def test_untrained_stems_are_not_calibrated():
         assert (norm.weight == 1).all() and (norm.bias == 0).all()
 
 
+def test_dilated_stems_stay_on_max_pooling():
+    model = trained()
+    model[0].dilation, model[0].padding = (2, 2), (6, 6)
+    report = convert(model)
+    assert report.num_modulus == 0 and set(report.plan.reasons) == {"dilated convolution"}
+
+
 def test_explicit_choices_are_not_calibrated():
     model = trained()
     report = convert(model, select="all")
