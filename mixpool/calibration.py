@@ -94,18 +94,20 @@ def has_seen_data(stem: MixPoolStem) -> bool:
 
 
 @torch.no_grad()
-def typical_pictures(stem: MixPoolStem) -> Tensor:
+def typical_pictures(stem: MixPoolStem, index: Tensor) -> Tensor:
     """Synthetic pictures as strong as what the stem was trained on, (N, C_in, S, S).
 
-    The running variances of its norm layer tell how strong that was, in the median over the channels; without a norm
-    layer the input is taken to be normalised as ImageNet's.
+    The running variances of its norm layer tell how strong that was, in the median over the channels `index` (others
+    may be dead); without a norm layer the input is taken to be normalised as ImageNet's.
     """
     pictures = pictures_for(stem.weight, stem.stride)
     if stem.bn is None:
         return pictures
-    weight = stem.weight.detach().to("cpu", torch.float32)
+    index = index.to(stem.weight.device)
+    weight = stem.weight.detach().index_select(0, index).to("cpu", torch.float32)
+    expected = stem.bn.running_var.index_select(0, index).float().cpu()
     var = F.conv2d(pictures, weight, stride=stem.stride).var(dim=(0, 2, 3))
-    ratio = (stem.bn.running_var.float().cpu() / var)[var > 0]
+    ratio = (expected / var)[(var > 0) & (expected > 0)]
     return pictures * ratio.median().sqrt() if len(ratio) > 0 else pictures
 
 

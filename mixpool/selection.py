@@ -53,7 +53,8 @@ def make_plan(
             mask, reasons = select_by_filter(stats)
             fits = None
             if mask.any() and has_seen_data(stem):
-                fits = measure(stem, mask.nonzero()[:, 0], stats, typical_pictures(stem))
+                index = mask.nonzero()[:, 0]
+                fits = measure(stem, index, stats, typical_pictures(stem, index))
             return _plan(mask, reasons, stats), fits
         candidates, reasons = select_by_filter(stats, MIN_CANDIDATE_CORRELATION)
         fits = measure(stem, candidates.nonzero()[:, 0], stats, images)

@@ -395,6 +395,24 @@ def test_the_calibration_does_not_depend_on_the_input_scale():
     torch.testing.assert_close(gains[2][:, 0], gains[0][:, 0], atol=2e-2, rtol=0)  # eps counts there
 
 
+def test_dead_channels_do_not_tell_the_input_scale():
+    """Most channels of this stem see nothing any more: their running variances are those of nothing."""
+    gains = []
+    for dead in (0, 5):
+        alive, model = trained(), trained()
+        conv, norm = nn.Conv2d(3, 6 + dead, 7, 2, 3, bias=False), nn.BatchNorm2d(6 + dead)
+        with torch.no_grad():
+            conv.weight.zero_()
+            conv.weight[dead:] = alive[0].weight
+            conv.weight[:dead] = 1e-8 * torch.randn(dead, 3, 7, 7)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                getattr(norm, name)[dead:] = getattr(alive[1], name)
+        model[0], model[1] = conv, norm.eval()
+        convert(model)
+        gains.append(model[0].calibration[dead:].clone())
+    torch.testing.assert_close(gains[0], gains[1])
+
+
 def test_untrained_stems_are_not_calibrated():
     for model in (trained(fresh=True), trained(fresh=True)[:1]):
         norm = nn.BatchNorm2d(6, track_running_stats=False) if len(model) == 1 else model[1]
