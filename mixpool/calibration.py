@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mixpool.layers import MixPoolStem
 
 POSITIONS_PER_IMAGE = 1024
+NEGLIGIBLE = 1e-6  # share of the largest variance below which a channel is dead
 
 
 class Fits(NamedTuple):
@@ -107,7 +108,8 @@ def typical_pictures(stem: MixPoolStem, index: Tensor) -> Tensor:
     weight = stem.weight.detach().index_select(0, index).to("cpu", torch.float32)
     expected = stem.bn.running_var.index_select(0, index).float().cpu()
     var = F.conv2d(pictures, weight, stride=stem.stride).var(dim=(0, 2, 3))
-    ratio = (expected / var)[(var > 0) & (expected > 0)]
+    is_alive = (var > NEGLIGIBLE * var.max()) & (expected > NEGLIGIBLE * expected.max())
+    ratio = (expected / var)[is_alive]
     return pictures * ratio.median().sqrt() if len(ratio) > 0 else pictures
 
 

@@ -148,8 +148,6 @@ def run_convert_command(options: argparse.Namespace) -> None:
 
 
 def run_theory_command(options: argparse.Namespace) -> None:
-    folder = _writable_folder(options.output)
-
     from mixpool import records
     from mixpool.data import demo_photos
     from mixpool.experiment import run_experiment, smallest_photo
@@ -168,6 +166,7 @@ def run_theory_command(options: argparse.Namespace) -> None:
         source, images = "those of scikit-image", demo_photos(options.size)[1][: options.limit or None]
     else:
         source, images = options.images, _folder_photos(options, options.size).images
+    folder = _writable_folder(options.output)  # before anything slow, and not before everything else is known to fit
     found = []
     for depth in depths:
         track = _progress(f"moving {len(images)} photos, depth {depth}")
@@ -238,6 +237,12 @@ def _folder_photos(options: argparse.Namespace, size: int, crop_ratio: float = 1
     print(f"mixpool: {len(photos.names)} of {photos.num_found} images in {options.images}", file=sys.stderr)
     for name, reason in photos.failed:
         print(f"mixpool: warning: cannot read {name}: {reason}", file=sys.stderr)
+    if photos.enlarged:
+        print(
+            f"mixpool: warning: {len(photos.enlarged)} image(s) too small, enlarged and so without fine detail, "
+            f"first {photos.enlarged[0]}",
+            file=sys.stderr,
+        )
     if photos.failed:
         print(f"mixpool: warning: {len(photos.failed)} image(s) left out", file=sys.stderr)
     return photos

@@ -42,12 +42,14 @@ class Photos:
         images: (N, 3, size, size) float32 in [0, 1].
         failed: (path, reason) of each file that could not be read.
         num_found: image files in the folder, before `limit`.
+        enlarged: names of the images whose shorter side was below the size asked for.
     """
 
     names: tuple[str, ...]
     images: Tensor
     failed: tuple[tuple[str, str], ...]
     num_found: int
+    enlarged: tuple[str, ...] = ()
 
 
 def demo_photos(size: int) -> tuple[list[str], Tensor]:
@@ -67,7 +69,7 @@ def demo_photos(size: int) -> tuple[list[str], Tensor]:
     for file in DEMO_FILES:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"expected scikit-image to ship {file} in {folder}: install scikit-image>=0.22")
-        images.append(_load(folder / file, size, size))
+        images.append(_load(folder / file, size, size)[0])
     return [Path(file).stem for file in DEMO_FILES], torch.stack(images)
 
 
@@ -101,18 +103,20 @@ def load_images(directory: str | Path, size: int, limit: int | None = None, *, c
     if not paths:
         suffixes = " ".join("*" + suffix for suffix in SUFFIXES)
         raise FileNotFoundError(f"expected photos in {directory} or its subfolders, found no file named {suffixes}")
-    names, images, failed = [], [], []
+    names, images, failed, enlarged = [], [], [], []
     for path in _evenly_spread(paths, limit):
         name = path.relative_to(directory).as_posix()
         try:
-            images.append(_load(path, round(size / crop_ratio), size))
+            image, is_enlarged = _load(path, round(size / crop_ratio), size)
+            images.append(image)
             names.append(name)
+            enlarged += [name] * is_enlarged
         except UnreadableImage as error:
             failed.append((name, str(error)))
     if not images:
         name, reason = failed[0]
         raise ValueError(f"none of the {len(failed)} files in {directory} can be read as an image; {name}: {reason}")
-    return Photos(tuple(names), torch.stack(images), tuple(failed), len(paths))
+    return Photos(tuple(names), torch.stack(images), tuple(failed), len(paths), tuple(enlarged))
 
 
 def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
@@ -127,8 +131,8 @@ class UnreadableImage(ValueError):
     """A file is no image, or is damaged."""
 
 
-def _load(path: Path, short_side: int, size: int) -> Tensor:
-    """(3, size, size) in [0, 1]: upright, RGB, shorter side resized, centre cropped."""
+def _load(path: Path, short_side: int, size: int) -> tuple[Tensor, bool]:
+    """(3, size, size) in [0, 1]: upright, RGB, shorter side resized, centre cropped; and whether it was enlarged."""
     from PIL import Image, ImageOps
 
     try:
@@ -141,7 +145,7 @@ def _load(path: Path, short_side: int, size: int) -> Tensor:
     # Pillow's decoders raise all of these on damaged files, SyntaxError included (broken PNG chunks).
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{type(error).__name__}: {error}".replace(str(path), path.name)) from error
-    return _to_tensor(_resize_and_crop(image, short_side, size))
+    return _to_tensor(_resize_and_crop(image, short_side, size)), min(image.size) < short_side
 
 
 def _resize_and_crop(image: Image.Image, short_side: int, size: int) -> Image.Image:

@@ -29,7 +29,7 @@ class ImageModel:
         upright: share of the rectangles whose sides are horizontal and vertical.
         color_tail: spread of the logarithm of a leaf's contrast.
         shading: standard deviation of the linear slope across a leaf.
-        texture: mean amplitude of the texture on a leaf; texture_spread: spread of the logarithm of that amplitude.
+        texture: rms amplitude of the texture on the leaves; texture_spread: spread of the logarithm of that amplitude.
         texture_exponent: the texture's amplitude spectrum falls as f^-texture_exponent.
         texture_color: amplitude of the texture that differs between the colours, over that which is gray.
         contrast_spread: spread of the logarithm of a picture's contrast.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ def _picture_size(kernel_size: Sequence[int], stride: Sequence[int]) -> int:
     return 64 * math.ceil((max(kernel_size) + interior) / 64)
 
 
-@cache
+@lru_cache(maxsize=3)
 def _pictures(size: int) -> Tensor:
     """(16, 3, size, size); 9 MB at the size 192 of the usual stems."""
     return dead_leaves(NUM_PICTURES, size)

@@ -120,7 +120,7 @@ def initialize(
             learned (`conv1.parametrizations.weight.original1`, (num_channels, C_in); `original0` holds the other
             channels' weights), whatever the optimizer. `revert` ends that, and so does
             `torch.nn.utils.parametrize.remove_parametrizations(stem, "weight")`; until then torch refuses to pickle
-            the stem (its state dict is fine).
+            the stem, and stock checkpoints do not load (its own state dict does).
         pooling: "max" leaves the bank's channels on max pooling too: the real-valued twin, as a control.
         blur, max_blur, imag, stem: as for `convert`; blur=1 is paper 2's CMod.
     Returns:
@@ -212,7 +212,11 @@ def _filled(conv: nn.Conv2d, bank: Tensor) -> Iterator[None]:
     geometry = conv.kernel_size, conv.padding
     norms = before.double().flatten(1).norm(dim=1)
     scale = norms.square().mean().sqrt()
+    if not scale > 0:
+        raise ValueError("expected a convolution with initial weights, whose norm the bank takes; got zeros or NaN")
     bank = bank.detach().to(before.device, torch.float64)
+    if not (bank.flatten(1).norm(dim=1) > 0).all():
+        raise ValueError("expected a bank of finite filters, none of them zero")
     weight = nn.functional.pad(before, (margin,) * 4)
     weight[-len(bank) :] = bank * (scale / bank.flatten(1).norm(dim=1))[:, None, None, None]
     try:

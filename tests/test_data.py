@@ -93,3 +93,12 @@ def test_normalize():
     torch.testing.assert_close(normalize(images[0] + 0.225)[2], torch.ones(4, 4))
     with pytest.raises(ValueError, match=r"\(2, 1, 4, 4\)"):
         normalize(images[:, :1])
+
+
+def test_enlarged_photos_are_named(tmp_path):
+    """Their fine detail is the interpolation's."""
+    save(tmp_path / "a.png", size=(64, 64))
+    save(tmp_path / "b.png", size=(40, 12))
+    assert load_images(tmp_path, 16).enlarged == ("b.png",)
+    assert load_images(tmp_path, 12).enlarged == ()
+    assert load_images(tmp_path, 12, crop_ratio=0.5).enlarged == ("b.png",)

@@ -601,3 +601,16 @@ def test_fixed_filters_leave_as_stock_weights():
     assert list(model.state_dict()) == keys
     assert type(model.conv1) is nn.Conv2d and torch.equal(model.conv1.weight, weight)
     assert isinstance(model.conv1.weight, nn.Parameter) and model.conv1.weight.requires_grad
+
+
+def test_nothing_to_scale_by_is_an_error():
+    model = torchvision.models.resnet18(num_classes=3)
+    with torch.no_grad():
+        model.conv1.weight.zero_()
+    with pytest.raises(ValueError, match="expected a convolution with initial weights"):
+        initialize(model)
+    assert type(model.conv1) is nn.Conv2d
+    bank = torch.randn(4, 3, 7, 7)
+    bank[2] = 0
+    with pytest.raises(ValueError, match="none of them zero"):
+        initialize(torchvision.models.resnet18(num_classes=3), bank)
