@@ -44,12 +44,10 @@ def conversion() -> str:
     for record in read("squeezenet"):
         low, high = record["top1_change_ci95"]
         change = record["stem_change_1px"]
-        given = (
-            f"{record['calibration_images']} photos, split {record['seed']}" if record["calibration_images"] else "none"
-        )
+        given = f"{record['calibration_images']} photos" if record["calibration_images"] else "none"
         rows.append(
             [
-                given,
+                f"{given}, split {record['seed']}",
                 f"{record['num_modulus']} of {record['channels']}",
                 f"{record['top1']['stock']:.1f} -> {record['top1']['mixpool']:.1f} ({low:+.1f} to {high:+.1f})",
                 f"{record['agreement']:.1f}",
