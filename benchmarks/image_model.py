@@ -1,6 +1,7 @@
 """Fit the numbers of the synthetic pictures (`dead_leaves.PHOTOGRAPHS`) to photographs.
 
     python -m benchmarks.image_model [--minutes 15]         writes records/image_model.jsonl and prints the numbers
+    python -m benchmarks.image_model --minutes 0            measures the present numbers only
 
 Fifteen numbers, by random search from the present ones. What is compared, between the pictures and every second of the
 500 photos: gap, correlations and instabilities of the poolings (`mixpool.comparison`), and the gain and the offset of
@@ -108,8 +109,9 @@ def main() -> None:
 
     model, history = search(lambda model: distance(statistics(model), wanted), minutes)
     found = statistics(model)
-    excess = torch.cat([found[name]["level"] - wanted[name]["level"] for name in sets]).mean().item()
-    model = dataclasses.replace(model, contrast=model.contrast * float(np.exp(-excess)))
+    if model is not PHOTOGRAPHS:
+        excess = torch.cat([found[name]["level"] - wanted[name]["level"] for name in sets]).mean().item()
+        model = dataclasses.replace(model, contrast=model.contrast * float(np.exp(-excess)))
     numbers = {name: round(value, 4) for name, value in dataclasses.asdict(model).items()}
     errors = {
         name: {k: (found[name][k] - v).abs().mean().item() for k, v in wanted[name].items() if k != "level"}

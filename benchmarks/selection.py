@@ -1,6 +1,6 @@
 """Where the thresholds of select="auto" come from.
 
-    python -m benchmarks.selection          about 8 minutes on 2 cores; writes records/selection.jsonl
+    python -m benchmarks.selection          about 15 minutes on one core; writes records/selection.jsonl
 
 1. Fidelity (correlation of the modulus with max pooling on photos, after the best affine map) of 288 Gabor filters
    on a 7x7/2 stem, 288 on an 11x11/4 stem, and the 96 filters of SqueezeNet, against every number that FilterStats

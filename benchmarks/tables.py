@@ -191,12 +191,7 @@ def image_model() -> str:
     errors = record["mean_absolute_error"]
     names = [*STATISTICS, "gain", "offset"]
     rows = [[name, *(f"{values[n]:.3f}" for n in names)] for name, values in errors.items()]
-    before, after = record["distance"]
-    return (
-        table(["filters", *STATISTICS.values(), "gain", "offset / rms"], rows)
-        + f"\n\n{record['models_tried']} models tried, sum of errors {before:.3f} -> {after:.3f}. "
-        + machine_line(record)
-    )
+    return table(["filters", *STATISTICS.values(), "gain", "offset / rms"], rows) + "\n\n" + machine_line(record)
 
 
 def models() -> str:
