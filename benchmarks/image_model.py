@@ -85,10 +85,7 @@ def search(measure: Callable[[ImageModel], float], minutes: float) -> tuple[Imag
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=15, help="of searching (default: %(default)s)")
-    minutes = parser.parse_args().minutes
+def main(minutes: float = 0) -> None:
     weight = squeezenet().features[0].weight
     weight = weight[analyze(weight, 2).dc_share < 0.05]
     stem = filter_maps(weight, analytic_partner(weight), 2)
@@ -137,4 +134,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=15, help="of searching (default: %(default)s)")
+    main(parser.parse_args().minutes)

@@ -7,7 +7,7 @@ import importlib
 
 from benchmarks import figures, tables
 
-NAMES = ("models", "partner", "prediction", "selection", "squeezenet", "theory", "speed")
+NAMES = ("models", "partner", "image_model", "prediction", "selection", "squeezenet", "theory", "speed")
 
 
 def main() -> None:
