@@ -1,23 +1,30 @@
 """Make the tables in the READMEs and in docs/ from the records; `--check` only says whether they are up to date.
 
 python -m benchmarks.tables [--check]
+
+From the GPU's records comes also `mixpool/fused/measured.json`, by which the fused path knows where it is the default.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.sample import RECORDS
+from benchmarks import gpu_summary
+from benchmarks.gpu_summary import COMPILED, MODES, TUNED, fastest, of_case
+from benchmarks.store import RECORDS
 from mixpool import records
 from mixpool.theory_table import summary_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "theory.md")
+MEASURED = ROOT / "mixpool" / "fused" / "measured.json"
+NO_GPU = "No GPU measurements yet."
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -35,8 +42,12 @@ def machine_line(record: dict) -> str:
     )
 
 
-def read(name: str) -> list[dict]:
-    return list(records.read(RECORDS / f"{name}.jsonl"))
+def read(name: str, folder: Path = RECORDS) -> list[dict]:
+    """The records of a file; ValueError if some come from a dry run, whose numbers mean nothing."""
+    found = list(records.read(folder / f"{name}.jsonl"))
+    if any(record.get("dry") for record in found):
+        raise ValueError(f"expected measurements in {name}.jsonl, got records of a dry run")
+    return found
 
 
 def conversion() -> str:
@@ -72,8 +83,17 @@ def shifts() -> str:
 
 
 def speed() -> str:
+    found = read("cpu")
+    text = _speed_of(found, "forward")
+    if any(record["mode"] == "full" for record in found):
+        text += "\n\nForward and backward for the weights, in training:\n\n" + _speed_of(found, "full")
+    return text + "\n\n" + machine_line(found[0])
+
+
+def _speed_of(found: list[dict], mode: str) -> str:
+    """One pass: a row per stem, a pair of columns per layout."""
+    found = [record for record in found if record["mode"] == mode]
     rows = []
-    found = read("speed")
     for record in (r for r in found if r["layout"] == "NCHW"):
         cells = [record["provider"], f"{record['params']['num_modulus']} of {record['params']['C_out']}"]
         for layout in ("NCHW", "channels_last"):
@@ -90,7 +110,7 @@ def speed() -> str:
         "channels_last ms",
         "channels_last, times stock",
     ]
-    return table(header, rows) + "\n\n" + machine_line(found[0])
+    return table(header, rows)
 
 
 def partner() -> str:
@@ -206,6 +226,145 @@ def models() -> str:
     )
 
 
+# --- the GPU ----------------------------------------------------------------------------------------------------------
+
+
+def gpu_records() -> dict[str, list[dict]]:
+    """GPU -> its records; empty before anything was measured."""
+    found = read("gpu") if (RECORDS / "gpu.jsonl").exists() else []
+    names = sorted({record["machine"]["gpu"] for record in found if record["machine"]["gpu"]})
+    return {name: [record for record in found if record["machine"]["gpu"] == name] for name in names}
+
+
+def _for_each_gpu(make: Callable[[list[dict]], str]) -> str:
+    by_gpu = gpu_records()
+    if not by_gpu:
+        return NO_GPU
+    return "\n\n".join(f"{make(found)}\n\n{_gpu_line(found)}" for found in by_gpu.values())
+
+
+def _gpu_line(found: list[dict]) -> str:
+    """The parts of a run may come from several calls, days and commits."""
+    machine = found[0]["machine"]
+    commits = sorted(
+        {f"{r['code']['commit']}{' with uncommitted changes' if r['code']['dirty'] else ''}" for r in found}
+    )
+    days = sorted({r["time_utc"][:10] for r in found})
+    return (
+        f"{machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}, "
+        f"cuDNN {machine['cudnn']}, Python {machine['python']}; commit {', '.join(commits)}, "
+        f"`python -m benchmarks.gpu`, {', '.join(days)}."
+    )
+
+
+def gpu_targets() -> str:
+    """What was aimed at and what came out."""
+    return _for_each_gpu(lambda found: table(["what", "target", "measured", ""], gpu_summary.target_rows(found)))
+
+
+def gpu() -> str:
+    """The ResNet stem at the largest batch, bfloat16 channels_last."""
+    return _for_each_gpu(lambda found: _gpu_table(found, [("resnet_stem", None, "bfloat16", "channels_last")]))
+
+
+def gpu_others() -> str:
+    """The same for every other stem, batch, dtype and layout."""
+
+    def make(found: list[dict]) -> str:
+        settings = {
+            (r["case"], r["params"]["N"], r["dtype"], r["layout"])
+            for r in found
+            if r["kind"] == "speed" and (r["case"], r["params"]["N"], r["dtype"], r["layout"]) != _main_setting(found)
+        }
+        return _gpu_table(found, sorted(settings))
+
+    return _for_each_gpu(make)
+
+
+def _main_setting(found: list[dict]) -> tuple:
+    batches = [r["params"]["N"] for r in found if r["kind"] == "speed" and r["case"] == "resnet_stem"]
+    return ("resnet_stem", max(batches, default=None), "bfloat16", "channels_last")
+
+
+def _gpu_table(found: list[dict], settings: list[tuple]) -> str:
+    """A row per setting, plan and pass; times of the fastest torch.compile mode that was measured."""
+    rows = []
+    for case, batch, dtype, layout in settings:
+        here = [r for r in found if batch is None or r.get("params", {}).get("N") == batch]
+        for plan, blur in (("max", 3), ("modulus", 1), ("modulus", 3), ("mix", 3)):
+            for mode, name in MODES.items():
+                options = {"case": case, "blur": blur, "dtype": dtype, "layout": layout}
+                providers = of_case(here, "speed", plan, mode, **options)
+                if not providers:
+                    continue
+                size = next(iter(providers.values()))["params"]["N"]
+                label = plan if plan == "max" else f"{plan} blur={blur}"
+                setting = f"{case.removesuffix('_stem')} {size}, {dtype} {layout}"
+                rows.append([setting, label, name, *_gpu_cells(providers)])
+    header = ["stem and batch", "plan", "pass", "stock ms", "stock compiled", "reference compiled", "fused"]
+    header += ["over stock", "over stock compiled", "over reference compiled", "GB/s", "TFLOP/s", "of the floor"]
+    return table(header, rows)
+
+
+def _gpu_cells(providers: dict[str, dict]) -> list[str]:
+    stock = providers["stock"]["ms"]["p50"] if "stock" in providers else None
+    times = [stock, fastest(providers, "stock"), fastest(providers, "reference", (*TUNED, *COMPILED))]
+    cells = ["-" if ms is None else f"{ms:.3f}" for ms in times]
+    fused = providers.get("fused")
+    if fused is None:
+        return [*cells, "not run", *["-"] * 6]
+    ms = fused["ms"]["p50"]
+    ratios = ["-" if base is None else f"{base / ms:.2f} x" for base in times]
+    achieved = [f"{fused['gb_per_s']:.0f}", f"{fused['tflop_per_s']:.0f}", f"{fused['fraction_of_floor']:.0%}"]
+    return [*cells, f"{ms:.3f}", *ratios, *achieved]
+
+
+def gpu_memory() -> str:
+    """MiB of one training step of the stem: held between forward and backward, and at the peak."""
+
+    def make(found: list[dict]) -> str:
+        rows = [
+            [
+                r["plan"] if r["plan"] == "max" else f"{r['plan']} blur={r['params']['blur']}",
+                r["provider"],
+                f"{r['held_mib']:.0f}",
+                f"{r['peak_mib']:.0f}",
+            ]
+            for r in found
+            if r["kind"] == "memory" and r.get("held_mib") is not None
+        ]
+        return table(["plan", "stem", "held for backward, MiB", "peak, MiB"], rows)
+
+    return _for_each_gpu(make)
+
+
+def gpu_models() -> str:
+    """Whole networks, images per second."""
+
+    def make(found: list[dict]) -> str:
+        rows = [
+            [
+                f"{r['case']} {r['params']['N']}",
+                r["mode"],
+                r["provider"],
+                f"{r['images_per_s']:.0f}",
+                f"{1 / r['ratio_to_stock']['p50']:.3f} x" if "ratio_to_stock" in r else "-",
+            ]
+            for r in found
+            if r["kind"] == "model_speed" and "skipped" not in r
+        ]
+        return table(["model and batch", "pass", "stem", "images/s", "speed over stock"], rows)
+
+    return _for_each_gpu(make)
+
+
+def measured() -> str:
+    """The text of mixpool/fused/measured.json: a JSON list, one entry on a line."""
+    entries = [entry for found in gpu_records().values() for entry in gpu_summary.measured(found)]
+    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
+    return f"[\n{lines}\n]\n" if entries else "[]\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -220,6 +379,11 @@ TABLES: dict[str, Callable[[], str]] = {
         models,
         theory,
         theory_shifts,
+        gpu,
+        gpu_targets,
+        gpu_others,
+        gpu_memory,
+        gpu_models,
     )
 }
 
@@ -233,17 +397,33 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- table:(\w+) -->.*?<!-- /table -->", fill, text, flags=re.DOTALL)
 
 
+def contents() -> dict[Path, str]:
+    """What every generated file should hold."""
+    files = {page: filled(page.read_text()) for page in PAGES}
+    return files | ({MEASURED: measured()} if MEASURED.parent.is_dir() else {})
+
+
+def stale() -> list[Path]:
+    """The generated files that hold something else."""
+    return [path for path, text in contents().items() if not path.exists() or path.read_text() != text]
+
+
+def write() -> None:
+    """Bring all of them up to date."""
+    for path, text in contents().items():
+        path.write_text(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
-    check = parser.parse_args().check
-    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
-    for page in stale:
-        if check:
-            print(f"out of date: {page.relative_to(ROOT)}; run python -m benchmarks.tables", file=sys.stderr)
-        else:
-            page.write_text(filled(page.read_text()))
-    return int(check and bool(stale))
+    if not parser.parse_args().check:
+        write()
+        return 0
+    found = stale()
+    for path in found:
+        print(f"out of date: {path.relative_to(ROOT)}; run python -m benchmarks.tables", file=sys.stderr)
+    return int(bool(found))
 
 
 if __name__ == "__main__":

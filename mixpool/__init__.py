@@ -5,7 +5,7 @@ from mixpool.convert import convert, revert
 from mixpool.filters import analytic_filter, analytic_partner, hilbert_partner
 from mixpool.find import StemError
 from mixpool.functional import mixpool2d
-from mixpool.layers import BlurPoolStem, CModStem, MixPoolStem
+from mixpool.layers import BlurPoolStem, CModStem, MixPoolStem, why_not_fused
 from mixpool.plan import ChannelPlan
 from mixpool.report import ConversionReport
 from mixpool.stats import FilterStats, analyze
@@ -31,4 +31,5 @@ __all__ = [
     "revert",
     "stock_state_dict",
     "wavelet_stem",
+    "why_not_fused",
 ]

@@ -46,6 +46,7 @@ def convert(
     imag: str = "tied",
     images: Tensor | Iterable[Tensor] | None = None,
     stem: str | None = None,
+    backend: str = "auto",
 ) -> ConversionReport:
     """Replace a model's stem (conv, norm, activation, max pool) by a MixPoolStem, in place, all or nothing.
 
@@ -67,6 +68,7 @@ def convert(
             loader's (images, labels) too; at most 512 images are used): measures each candidate, calibrates the
             swapped channels' affine maps, and measures what the conversion does to the model's outputs.
         stem: name of the stem's convolution, if it is not the first.
+        backend: as for MixPoolStem; "fused" wants a model on the GPU already if images are given.
     Returns:
         ConversionReport; print it.
     Raises:
@@ -116,6 +118,7 @@ def convert(
             imag=imag,
             images=inputs,
             calibrated=not is_shared,
+            backend=backend,
         )
         mixed.stock = StockParts(
             names={

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixpool.backend import Call, compute_dtype, needs_gradient, takes_fused
 from mixpool.filters import analytic_partner, pair
+from mixpool.fused import ops
 from mixpool.reference import (
     Channels,
     ConvGeometry,
@@ -38,6 +40,7 @@ def mixpool2d(
     ceil_mode: bool = False,
     blur: int = 3,
     max_blur: int = 1,
+    backend: str = "auto",
 ) -> Tensor:
     """Convolve, then pool each channel by its maximum or by the modulus of its complex convolution.
 
@@ -61,11 +64,14 @@ def mixpool2d(
         conv_stride, conv_padding, conv_dilation: as `nn.Conv2d`, in pixels.
         pool_size, pool_stride, pool_padding, ceil_mode: as `nn.MaxPool2d`; the size is 2 or 3.
         blur, max_blur: 1 or 3.
+        backend: "auto": the fused path where it can run and was measured to be faster, and the reference elsewhere;
+            "reference" or "fused" by name. "auto" leaves it to the environment variable MIXPOOL_BACKEND, if set.
     Returns:
         (N, C_out, H_out, W_out), size as `nn.MaxPool2d` after `nn.Conv2d`, memory format of `x`, dtype of the
         convolution.
     Raises:
         ValueError: a size or an option does not fit; the message shows what was expected and what came.
+        RuntimeError: the fused path was asked for by name and cannot run; the message says why.
     Reference: Leterme et al., From CNNs to Shift-Invariant Twin Models Based on Complex Wavelets, arXiv 2212.00394
         (CMod, blur=1); Zhang 2019, arXiv 1904.11486 (max_blur=3).
     Example:
@@ -101,6 +107,18 @@ def mixpool2d(
         imag = analytic_partner(weight.index_select(0, channels.modulus))
     else:
         imag = weight_imag.index_select(0, channels.modulus)
+    needs_grad = needs_gradient(x, weight, imag, bias, scale, shift)
+    if takes_fused(backend, Call(x, weight, len(channels.modulus), conv, pool, blur, max_blur, needs_grad)):
+        options = {"blur": blur, "dtype": compute_dtype(x)}
+        scale, shift = _one_affine(scale, bias, shift, len(weight), x.device)
+        relu = act in (F.relu, torch.relu)
+        if needs_grad:
+            pooled, _ = ops.convolve_and_pool(x, weight, imag, channels, conv, pool, **options)
+            out = ops.affine_relu(pooled, scale, shift, relu)
+        else:
+            options |= {"scale": scale, "shift": shift, "relu": relu}
+            out, _ = ops.convolve_and_pool(x, weight, imag, channels, conv, pool, **options)
+        return out if relu else act(out)
     pooled = convolve_and_pool(x, weight, bias, imag, channels, conv, pool, blur=blur, max_blur=max_blur)
 
     parts = []
@@ -111,6 +129,15 @@ def mixpool2d(
             part = affine(part, *(None if v is None else v.index_select(0, index) for v in (scale, shift)))
         parts.append(part)
     return activate_and_merge(*parts, channels, act, pool, max_blur, memory_format_of(x))
+
+
+def _one_affine(
+    scale: Tensor | None, bias: Tensor | None, shift: Tensor | None, num_channels: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """scale (y + bias) + shift as one affine map: (scale, shift), (C_out,) float32."""
+    scale = torch.ones(num_channels, dtype=torch.float32, device=device) if scale is None else scale.float()
+    total = torch.zeros_like(scale) if shift is None else shift.float()
+    return scale, total if bias is None else total + scale * bias.float()
 
 
 def split_channels(is_modulus: Sequence[bool], device: torch.device | None = None) -> Channels:

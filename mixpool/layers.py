@@ -11,10 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixpool.backend import (
+    Call,
+    check_backend,
+    compute_dtype,
+    needs_gradient,
+    stem_geometry,
+    takes_fused,
+    why_reference,
+)
 from mixpool.calibration import calibrate
 from mixpool.filters import analytic_partner_map, apply_partner_map, pair
 from mixpool.functional import check_pooling, memory_format_of, split_channels
-from mixpool.normalization import is_supported_norm, normalize_pooled, sign_of_scale, uses_batch_statistics
+from mixpool.fused import ops
+from mixpool.normalization import (
+    affine_of_pooled,
+    is_supported_norm,
+    normalize_pooled,
+    sign_of_scale,
+    uses_batch_statistics,
+)
 from mixpool.plan import KINDS, ChannelPlan
 from mixpool.reference import (
     Channels,
@@ -69,11 +85,15 @@ class MixPoolStem(nn.Module):
             measures its candidates and calibrates the affine maps of the channels it swaps. Without them "auto"
             predicts from the weights, and calibrates a trained stem on synthetic pictures.
         calibrated: False to measure only and leave all parameters as they are.
+        backend: "auto": the fused path where it can run and was measured to be faster, and the reference elsewhere
+            (`why_not_fused` tells which and why); "reference" or "fused" by name: the latter raises where it cannot
+            run. "auto" leaves it to the environment variable MIXPOOL_BACKEND, if set. The attribute can be changed.
     Where a scale of the norm layer is 0, the gradient of that scale is that of a positive one (the stock stem's is
     that of the window's first position).
 
     Raises:
         ValueError: a part cannot be taken over; the message names it.
+        RuntimeError: (in forward) the fused path was asked for by name and cannot run; the message says why.
     Reference: Leterme et al., arXiv 2209.11740 and arXiv 2212.00394.
     Example:
         >>> stem = MixPoolStem(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), select="all")
@@ -85,6 +105,7 @@ class MixPoolStem(nn.Module):
     calibration: Tensor
     max_index: Tensor
     modulus_index: Tensor
+    backend: str = "auto"  # also of stems that were pickled before there was a choice
 
     def __init__(
         self,
@@ -99,6 +120,7 @@ class MixPoolStem(nn.Module):
         imag: str = "tied",
         images: Tensor | Iterable[Tensor] | None = None,
         calibrated: bool = True,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         pool = nn.MaxPool2d(3, 2, 1) if pool is None else pool
@@ -113,6 +135,7 @@ class MixPoolStem(nn.Module):
         self._pool = pool_geometry(pool)
         self.imag, self.blur, self.max_blur = imag, blur, max_blur
         check_pooling(self._pool, blur, max_blur)
+        self.backend = check_backend(backend)
 
         self.weight, self.bias = conv.weight, conv.bias
         self.bn, self.act = norm, _without_hooks(act)
@@ -193,16 +216,47 @@ class MixPoolStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, torch.fx.Proxy):  # one node in any symbolic trace, as torch's own layers are
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"expected images (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
         channels = Channels(self.max_index, self.modulus_index)
+        call = self._call(x)
+        if takes_fused(self.backend, call):
+            return self._fused(x, channels, call.needs_grad)
         parts = self.pool_and_normalize(x, channels, self.imaginary_weight())
         return activate_and_merge(*parts, channels, self.act, self._pool, self.max_blur, memory_format_of(x))
 
-    def pool_and_normalize(
-        self, x: Tensor, channels: Channels, weight_imag: Tensor | None, max_blur: int | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The max part and the modulus part of some channels, pooled and normalised, before the activation."""
+    def _call(self, x: Tensor) -> Call:
+        """What the choice of the backend depends on."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"expected images (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        weight, norm = self.weight, self.bn
+        # By name: the replicas of nn.DataParallel have no parameters.
+        trained = [weight, self.bias, getattr(self, "weight_imag", None)]
+        trained += [getattr(norm, "weight", None), getattr(norm, "bias", None)]
+        needs_grad = needs_gradient(x, *trained)
+        geometry = (self._conv, self._pool, self.blur, self.max_blur)
+        return Call(x, weight, self.num_modulus, *geometry, needs_grad, uses_batch_statistics(norm))
+
+    def _fused(self, x: Tensor, channels: Channels, needs_grad: bool) -> Tensor:
+        """The pass on the fused path: one operator, or two where gradients or batch statistics are needed."""
+        sign, weight, _, weight_imag = self._with_sign(channels, self.imaginary_weight())
+        relu = type(self.act) is nn.ReLU
+        with_moments = uses_batch_statistics(self.bn)
+        tensors = (x, weight, weight_imag, channels, self._conv, self._pool)
+        options = {"blur": self.blur, "dtype": compute_dtype(x)}
+        if needs_grad or with_moments:
+            pooled, moments = ops.convolve_and_pool(*tensors, with_moments=with_moments, **options)
+            geometry = stem_geometry(x, weight, self._conv, self._pool)
+            counts = tuple(len(x) * geometry.positions(kind) for kind in ("max", f"modulus{self.blur}"))
+            scale, shift = affine_of_pooled(moments, counts, self.bn, self.bias, sign, channels)
+            out = ops.affine_relu(pooled, scale, shift, relu)
+        else:
+            scale, shift = affine_of_pooled(None, (0, 0), self.bn, self.bias, sign, channels)
+            out, _ = ops.convolve_and_pool(*tensors, scale=scale, shift=shift, relu=relu, **options)
+        return out if relu else self.act(out)
+
+    def _with_sign(
+        self, channels: Channels, weight_imag: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        """(sign of the norm layer's scale, W, bias, V), the latter three times the sign."""
         sign = sign_of_scale(self.bn)
         weight, bias = self.weight, self.bias
         if sign is not None:
@@ -211,6 +265,13 @@ class MixPoolStem(nn.Module):
             bias = None if bias is None else bias * signs
             if weight_imag is not None:
                 weight_imag = weight_imag * signs.index_select(0, channels.modulus)[:, None, None, None]
+        return sign, weight, bias, weight_imag
+
+    def pool_and_normalize(
+        self, x: Tensor, channels: Channels, weight_imag: Tensor | None, max_blur: int | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The max part and the modulus part of some channels, by the reference, before the activation."""
+        sign, weight, bias, weight_imag = self._with_sign(channels, weight_imag)
         pooled = convolve_and_pool(
             x,
             weight,
@@ -244,6 +305,7 @@ class MixPoolStem(nn.Module):
         parts.append("pool=" + repr(self._pool).removeprefix("PoolGeometry"))
         parts.append(f"modulus={self.num_modulus}/{self.out_channels}")
         parts.append(f"blur={self.blur}, max_blur={self.max_blur}, imag={self.imag!r}")
+        parts += [] if self.backend == "auto" else [f"backend={self.backend!r}"]
         return ", ".join(parts)
 
     # -------------------------------------------------------------------------------------------------- the state dict
@@ -293,15 +355,45 @@ class MixPoolStem(nn.Module):
 class BlurPoolStem(MixPoolStem):
     """Baseline: every channel by max pooling at stride 1 and binomial decimation (Zhang 2019, arXiv 1904.11486)."""
 
-    def __init__(self, conv, norm=None, act=None, pool=None) -> None:
-        super().__init__(conv, norm, act, pool, select="none", max_blur=3)
+    def __init__(self, conv, norm=None, act=None, pool=None, *, backend: str = "auto") -> None:
+        super().__init__(conv, norm, act, pool, select="none", max_blur=3, backend=backend)
 
 
 class CModStem(MixPoolStem):
     """Baseline: the plain CMod of Leterme et al., arXiv 2212.00394: the modulus at the windows' centres, no blur."""
 
-    def __init__(self, conv, norm=None, act=None, pool=None, *, select: Select = "all", imag: str = "tied") -> None:
-        super().__init__(conv, norm, act, pool, select=select, blur=1, imag=imag)
+    def __init__(
+        self,
+        conv,
+        norm=None,
+        act=None,
+        pool=None,
+        *,
+        select: Select = "all",
+        imag: str = "tied",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(conv, norm, act, pool, select=select, blur=1, imag=imag, backend=backend)
+
+
+def why_not_fused(stem: MixPoolStem, x: Tensor) -> str | None:
+    """None if `stem(x)` takes the fused path, under the stem's backend, modes and the present autocast; else why not.
+
+    Under "auto" the answer rests on a trial of the fused path, which the first question makes.
+
+    Args:
+        stem: a MixPoolStem.
+        x: images as the stem gets them, (N, C_in, H, W).
+    Raises:
+        ValueError: `stem` is something else, or its backend does not exist.
+    Example:
+        >>> stem = MixPoolStem(nn.Conv2d(3, 64, 7, 2, 3), select="all")
+        >>> why_not_fused(stem, torch.randn(2, 3, 224, 224, dtype=torch.float64)) is None
+        False
+    """
+    if not isinstance(stem, MixPoolStem):
+        raise ValueError(f"expected a MixPoolStem, got {_describe(stem)}")
+    return why_reference(stem.backend, stem._call(x))
 
 
 def pool_geometry(pool: nn.MaxPool2d) -> PoolGeometry:

@@ -107,6 +107,74 @@ def normalize_pooled(
     return tuple(parts)
 
 
+def affine_of_pooled(
+    moments: Tensor | None,
+    counts: tuple[int, int],
+    norm: nn.Module | None,
+    bias: Tensor | None,
+    sign: Tensor | None,
+    channels: Channels,
+) -> tuple[Tensor, Tensor]:
+    """The norm layer, or the bias alone, as one affine map of pooled channels of both kinds; updates its statistics.
+
+    What `normalize_pooled` does, for pooled channels that hold no bias.
+
+    Args:
+        moments: (2, C_out) float32, batch mean and biased variance of the convolution without its bias, 0 and
+            mean(|z|^2) / 2 for modulus channels; exactly if `uses_batch_statistics(norm)`, else None.
+        counts: values per channel behind the moments of the max and of the modulus channels, on this process.
+        norm, bias, sign, channels: as for `normalize_pooled`.
+    Returns:
+        (scale, shift), (C_out,) float32 each; the scale is not negative, its sign lies in the filters.
+    """
+    ones = torch.ones(len(channels.max) + len(channels.modulus), dtype=torch.float32, device=channels.max.device)
+    zeros = torch.zeros_like(ones)
+
+    def vector(values: Tensor | None, default: Tensor) -> Tensor:
+        return default if values is None else values.float()
+
+    bias = vector(bias, zeros)
+    if norm is None:
+        return ones, bias
+    signs = vector(sign, ones)
+    offset = bias * signs
+    center = zeros if norm.running_mean is None else norm.running_mean.float() * signs - offset
+    if moments is None:
+        var = norm.running_var.float()
+    else:
+        max_moments, modulus_moments = _moments_by_kind(moments, offset, counts, norm, channels)
+        var = zeros
+        if max_moments is not None:
+            center = center.index_copy(0, channels.max, max_moments.mean - offset.index_select(0, channels.max))
+            var = var.index_copy(0, channels.max, max_moments.var)
+        if modulus_moments is not None:
+            var = var.index_copy(0, channels.modulus, modulus_moments.var)
+        if norm.track_running_stats and norm.running_mean is not None:
+            _update_running_statistics(norm, max_moments, modulus_moments, sign, channels)
+    scale = (var + norm.eps).rsqrt() * vector(norm.weight, ones) * signs
+    return scale, vector(norm.bias, zeros) - center * scale
+
+
+def _moments_by_kind(
+    moments: Tensor, offset: Tensor, counts: tuple[int, int], norm: nn.Module, channels: Channels
+) -> tuple[Moments | None, Moments | None]:
+    """What `convolve_and_pool` of the reference returns as moments, over all processes; `offset` is the signed bias.
+
+    The same to the last detail, since another process may be on the reference (its part of a batch may be empty): all
+    have to sum the same things in the same order, so the mean of the modulus has no gradient here either.
+    """
+    means = (moments[0] + offset, moments[0].detach())
+    kinds = []
+    for mean, index, count in zip(means, channels, counts, strict=True):
+        kind = None
+        if len(index) > 0:
+            kind = Moments(mean.index_select(0, index), moments[1].index_select(0, index), count)
+            if _spans_processes(norm):
+                kind = across_processes(kind, norm.process_group)
+        kinds.append(kind)
+    return tuple(kinds)
+
+
 @torch.no_grad()
 def _update_running_statistics(
     norm: nn.Module,

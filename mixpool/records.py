@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ def stamp(kind: str, **fields: Any) -> dict[str, Any]:
         "kind": kind,
         **fields,
         "machine": machine(),
-        "code": {"version": mixpool.__version__, **CODE},
+        "code": {"version": mixpool.__version__, **CODE, "source": SOURCE},
         "time_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
@@ -39,8 +42,11 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
+        "driver": _driver() if cuda else None,
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
     }
@@ -64,6 +70,39 @@ def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             raise ValueError(f"expected one JSON object per line, line {number} of {path} is broken: {error}") from None
 
 
+def source_hash(blobs: Iterable[tuple[str, str]]) -> str:
+    """One name for a set of sources, from (path inside the package, git's hash of its content) of its *.py files."""
+    lines = sorted(f"{blob} {path}\n" for path, blob in blobs if path.endswith(".py"))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def _source_hash_of(folder: Path) -> str:
+    """That of the files as they lie here, by which code is known where there is no git."""
+
+    def blob(content: bytes) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+    return source_hash((p.relative_to(folder).as_posix(), blob(p.read_bytes())) for p in folder.rglob("*.py"))
+
+
+@functools.cache
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.partition("\n")[0].strip() or None if done.returncode == 0 else None
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -80,9 +119,10 @@ def _commit(folder: Path) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    status = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    status = git("status", "--porcelain", "--", ".")  # a file that is not in git runs too
     return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
 # The code that runs is the code that was there at the start, whatever is committed or edited while it measures.
 CODE = _commit(Path(__file__).parent)
+SOURCE = _source_hash_of(Path(__file__).parent)

@@ -47,13 +47,14 @@ def wavelet_stem(
     blur: int = 3,
     max_blur: int = 1,
     imag: str = "tied",
+    backend: str = "auto",
 ) -> MixPoolStem:
     """A MixPoolStem whose last channels are wavelet packets on the modulus; the first keep the convolution's weights.
 
     `conv` is changed in place, as `initialize` describes. `initialize` does this to a whole model.
 
     Args:
-        conv, norm, act, pool, blur, max_blur, imag: as for MixPoolStem; the convolution has a square kernel.
+        conv, norm, act, pool, blur, max_blur, imag, backend: as for MixPoolStem; the convolution has a square kernel.
         num_wavelet: number of wavelet channels; default 3/8 of them at stride 2 and half of them at stride 4.
         depth: levels J; default 2 at stride 2 and 3 at stride 4, so that 2**J is the total stride.
         kernel_size: as for `initialize`.
@@ -77,7 +78,8 @@ def wavelet_stem(
     kernels = None if trainable else _spatial_part(bank)
     with _filled(conv, bank):
         select = _last(conv, len(bank))
-        stem = MixPoolStem(conv, norm, act, pool, select=select, blur=blur, max_blur=max_blur, imag=imag)
+        options = {"blur": blur, "max_blur": max_blur, "imag": imag, "backend": backend}
+        stem = MixPoolStem(conv, norm, act, pool, select=select, **options)
     if kernels is not None:
         parametrize.register_parametrization(stem, "weight", _ColorMixed(kernels.to(stem.weight)))
     return stem
@@ -95,6 +97,7 @@ def initialize(
     max_blur: int = 1,
     imag: str = "tied",
     stem: str | None = None,
+    backend: str = "auto",
 ) -> ConversionReport:
     """Give an untrained model's stem a bank of oriented filters that pool by the modulus, in place, all or nothing.
 
@@ -122,7 +125,7 @@ def initialize(
             `torch.nn.utils.parametrize.remove_parametrizations(stem, "weight")`; until then torch refuses to pickle
             the stem, and stock checkpoints do not load (its own state dict does).
         pooling: "max" leaves the bank's channels on max pooling too: the real-valued twin, as a control.
-        blur, max_blur, imag, stem: as for `convert`; blur=1 is paper 2's CMod.
+        blur, max_blur, imag, stem, backend: as for `convert`; blur=1 is paper 2's CMod.
     Returns:
         ConversionReport.
     Raises:
@@ -162,7 +165,8 @@ def initialize(
     kernels = None if trainable else _spatial_part(bank)
     with _filled(conv, bank):
         select = _last(conv, len(bank)) if pooling == "modulus" else "none"
-        report = convert(model, select=select, blur=blur, max_blur=max_blur, imag=imag, stem=stem)
+        options = {"blur": blur, "max_blur": max_blur, "imag": imag, "stem": stem, "backend": backend}
+        report = convert(model, select=select, **options)
     if kernels is not None:
         mixed = model.get_submodule(found.conv)
         parametrize.register_parametrization(mixed, "weight", _ColorMixed(kernels.to(mixed.weight)))

@@ -13,6 +13,9 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("MIXPOOL_SHARED", REPOSITORY.parent / "shared"))
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on CPU tensors
+
 torch.set_num_threads(1)  # the tensors here are small; two threads are slower, more so on a busy machine
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False

@@ -82,6 +82,9 @@ def test_the_test_of_the_import_time_can_fail():
 LEVELS = [
     {"filters", "reference", "gabor", "stability", "probe", "data", "records", "theory", "dtcwpt", "dead_leaves"}
     | {"theory_table"},
+    {"fused"},
+    {"trial"},
+    {"backend"},
     {"comparison", "normalization", "functional", "loading", "wavelet_bank"},
     {"prediction", "gap_parts"},
     {"stats", "experiment"},
@@ -134,6 +137,13 @@ def test_modules_import_lower_levels_only():
     sources = {path.stem: path.read_text() for path in PACKAGE.glob("*.py")}
     assert len(sources) > 15
     assert upward_imports(sources) == []
+
+
+def test_the_fused_path_imports_lower_levels_only():
+    sources = [path.read_text() for path in (PACKAGE / "fused").glob("*.py")]
+    assert len(sources) > 5
+    below = {name for names in LEVELS[: LEVELS.index({"fused"})] for name in names}
+    assert [imported_modules(source) - {"fused"} - below for source in sources] == [set()] * len(sources)
 
 
 def test_the_test_of_the_levels_can_fail():

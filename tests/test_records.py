@@ -14,6 +14,8 @@ def test_a_record_says_what_where_and_from_which_code(tmp_path):
     record = records.stamp("speed", case="stem", ms={"p50": 1.5})
     assert record["kind"] == "speed" and record["ms"] == {"p50": 1.5}
     assert record["machine"]["torch"] and record["code"]["version"] and record["time_utc"] and record["command"]
+    assert {"gpu", "driver", "triton", "cuda", "cudnn"} <= record["machine"].keys()
+    assert len(record["code"]["source"]) == 16
     path = tmp_path / "deep" / "r.jsonl"
     records.write(path, [record, {"kind": "eval"}])
     assert list(records.read(path)) == [json.loads(json.dumps(record)), {"kind": "eval"}]
@@ -31,6 +33,12 @@ def test_tables_are_up_to_date(page):
     text = page.read_text()
     assert tables.filled(text) == text, "run python -m benchmarks.tables"
     assert "table:" in text
+
+
+def test_what_the_fused_path_knows_of_speeds_is_what_was_measured():
+    if tables.MEASURED.parent.is_dir():
+        assert tables.MEASURED.read_text() == tables.measured(), "run python -m benchmarks.tables"
+    assert tables.stale() == []
 
 
 def test_a_stale_table_is_noticed():

@@ -1,0 +1,409 @@
+"""The fused stem as PyTorch sees it: two operators with their shapes, gradients and FLOPs. Light to import: no triton.
+
+    mixpool::convolve_and_pool    the pooled map of all channels, a maximum's place in its window (a byte), statistics
+    mixpool::affine_relu          act(scale x + shift) at pooled size
+
+Not written: the convolution's map, in ResNet's stem at batch 256 in bfloat16 411 MB, its normalised and activated
+copies, and max pooling's int64 indices. Kept for the backward pass: the images, the pooled map before the affine step,
+and the bytes of the max channels; re and im are computed again.
+
+Every kernel is deterministic. Neither operator can be differentiated twice; `backend` sends calls elsewhere that need
+more (functorch, forward mode), and asks whether a call can run here at all.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixpool.fused.flops import register_formulas
+from mixpool.fused.geometry import StemGeometry, memory_format
+from mixpool.reference import Channels, ConvGeometry, PoolGeometry
+
+# Channels of the bytes are rounded up to whole groups of the backward pass, which then reads aligned vectors.
+ARGMAX_MULTIPLE = 32
+
+
+def convolve_and_pool(
+    x: Tensor,
+    weight: Tensor,
+    weight_imag: Tensor | None,
+    channels: Channels,
+    conv: ConvGeometry,
+    pool: PoolGeometry,
+    *,
+    blur: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
+    with_moments: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.convolve_and_pool` for all channels at once, in their places, on calls that `backend` lets pass.
+
+    Args:
+        x: (N, C_in, H, W) float32, bfloat16 or float16, rows dense in memory, NCHW or channels_last.
+        weight: (C_out, C_in, k, k), sign of the affine scale folded in.
+        weight_imag: (n_modulus, C_in, k, k), or None if no channel takes the modulus.
+        channels, conv, pool, blur: as in the reference.
+        scale, shift: (C_out,) of an epilogue scale * pooled + shift; only in passes without gradients.
+        relu: whether a ReLU follows the epilogue.
+        with_moments: also return batch statistics.
+        dtype: of the products and of the output; default that of `x`. float32 means TF32 on a GPU.
+    Returns:
+        pooled: (N, C_out, P, Q), memory format of `x`, without any bias.
+        moments: (2, C_out) float32, mean and biased variance of the convolution (0 and mean(|z|^2) / 2 for modulus
+            channels), or None. Both outputs are differentiable in `x`, `weight` and `weight_imag`.
+    """
+    register_formulas()
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, weight_imag, scale, shift)
+    )
+    if needs_grad and (scale is not None or relu):
+        raise ValueError("expected no epilogue in a pass with gradients: apply affine_relu to the pooled map")
+    pooled, _, moments = torch.ops.mixpool.convolve_and_pool(
+        x,
+        weight,
+        weight_imag,
+        channels.max,
+        channels.modulus,
+        scale,
+        shift,
+        conv.stride[0],
+        conv.padding[0],
+        pool.padding[0],
+        pool.ceil_mode,
+        blur,
+        relu,
+        with_moments,
+        needs_grad and len(channels.max) > 0,
+        x.dtype if dtype is None else dtype,
+    )
+    return pooled, (moments if with_moments else None)
+
+
+def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, relu: bool = True) -> Tensor:
+    """max(scale x + shift, 0), or without the maximum, per channel of (N, C, P, Q); computed in float32.
+
+    `scale` and `shift` are (C,) float32; the output has the dtype and the memory format of `x`.
+    """
+    return torch.ops.mixpool.affine_relu(x, scale, shift, relu)
+
+
+# --- convolve_and_pool ------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mixpool::convolve_and_pool", mutates_args=())
+def _convolve_and_pool(
+    x: Tensor,
+    weight: Tensor,
+    weight_imag: Tensor | None,
+    max_index: Tensor,
+    modulus_index: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: int,
+    padding: int,
+    pool_padding: int,
+    ceil_mode: bool,
+    blur: int,
+    relu: bool,
+    with_moments: bool,
+    with_argmax: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mixpool.fused import launch
+
+    geometry = _geometry(x, weight, stride, padding, pool_padding, ceil_mode)
+    pooled, argmax, moments = _outputs(x, weight, max_index, geometry, with_moments, with_argmax, dtype)
+    if scale is None and shift is not None:
+        scale = torch.ones_like(shift)
+    elif scale is not None and shift is None:
+        shift = torch.zeros_like(scale)
+    purpose = "training" if with_argmax or with_moments else "inference"
+    with torch.cuda.device_of(x):
+        for kind, channels, imag in _kinds(max_index, modulus_index, weight_imag, blur):
+            matrix = launch.Matrix.of(kind, geometry, len(channels), dtype, purpose)
+            packed = x.new_empty((matrix.groups, matrix.depth, matrix.columns), dtype=dtype)
+            launch.pack(matrix, geometry, x, weight, imag, channels, packed)()
+            call, sums = launch.forward(
+                matrix,
+                geometry,
+                x,
+                packed,
+                channels,
+                pooled,
+                scale=scale,
+                shift=shift,
+                relu=relu,
+                argmax=argmax if kind == "max" and with_argmax else None,
+                with_sums=with_moments,
+            )
+            call()
+            if with_moments:
+                count = x.shape[0] * geometry.positions(kind)
+                launch.finish_moments(kind, sums, channels, moments, count)()
+    return pooled, argmax, moments
+
+
+@_convolve_and_pool.register_fake
+def _(
+    x,
+    weight,
+    weight_imag,
+    max_index,
+    modulus_index,
+    scale,
+    shift,
+    stride,
+    padding,
+    pool_padding,
+    ceil_mode,
+    blur,
+    relu,
+    with_moments,
+    with_argmax,
+    dtype,
+):
+    geometry = _geometry(x, weight, stride, padding, pool_padding, ceil_mode)
+    return _outputs(x, weight, max_index, geometry, with_moments, with_argmax, dtype)
+
+
+def _outputs(x, weight, max_index, geometry, with_moments, with_argmax, dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Fresh tensors: the pooled map, the maxima's places (none if not asked), the moments (none if not asked)."""
+    size = geometry.pooled_size
+    layout = {"device": x.device, "memory_format": memory_format(x)}
+    pooled = torch.empty((x.shape[0], weight.shape[0], *size), dtype=dtype, **layout)
+    n_places = -(-max_index.shape[0] // ARGMAX_MULTIPLE) * ARGMAX_MULTIPLE
+    places = (x.shape[0], n_places, *size) if with_argmax else (0, 0, 0, 0)
+    argmax = torch.empty(places, dtype=torch.int8, **layout)
+    if n_places != max_index.shape[0]:
+        argmax.zero_()  # the kernel leaves what was rounded up
+    moments = torch.empty((2, weight.shape[0] if with_moments else 0), dtype=torch.float32, device=x.device)
+    return pooled, argmax, moments
+
+
+def _geometry(x: Tensor, weight: Tensor, stride, padding, pool_padding, ceil_mode) -> StemGeometry:
+    return StemGeometry(weight.shape[-1], stride, padding, pool_padding, ceil_mode, *x.shape[1:])
+
+
+def _kinds(max_index: Tensor, modulus_index: Tensor, weight_imag: Tensor | None, blur: int):
+    """(kind, channels, imaginary filters) of the kinds that have channels."""
+    if len(max_index) > 0:
+        yield "max", max_index, None
+    if len(modulus_index) > 0:
+        yield f"modulus{blur}", modulus_index, weight_imag
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, weight, weight_imag, max_index, modulus_index, _, _, *options = inputs
+    _, argmax, moments = output
+    ctx.save_for_backward(x, weight, weight_imag, max_index, modulus_index, argmax, moments)
+    stride, padding, pool_padding, ceil_mode, blur, _, ctx.with_moments, _, ctx.dtype = options
+    ctx.geometry = (stride, padding, pool_padding, ceil_mode, blur)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_pooled, _, grad_moments):
+    x, weight, weight_imag, max_index, modulus_index, argmax, moments = ctx.saved_tensors
+    nothing = (None,) * 11
+    if grad_pooled is None and grad_moments is None:
+        return None, None, None, *nothing, None, None
+    if grad_pooled is None:
+        shape = _geometry(x, weight, *ctx.geometry[:4]).pooled_size
+        grad_pooled = torch.zeros((x.shape[0], weight.shape[0], *shape), dtype=ctx.dtype, device=x.device)
+    needs_x, needs_weight, needs_imag = ctx.needs_input_grad[:3]
+    grads = torch.ops.mixpool.convolve_and_pool_backward(
+        grad_pooled.contiguous(memory_format=memory_format(x)),
+        None if grad_moments is None or not ctx.with_moments else grad_moments.contiguous(),
+        x,
+        weight,
+        weight_imag,
+        max_index,
+        modulus_index,
+        argmax,
+        moments,
+        *ctx.geometry,
+        needs_x,
+        needs_weight or needs_imag,
+    )
+    needs = (needs_x, needs_weight, needs_imag)
+    grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    return *grads, *nothing, None, None
+
+
+_convolve_and_pool.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("mixpool::convolve_and_pool_backward", mutates_args=())
+def _convolve_and_pool_backward(
+    grad_pooled: Tensor,
+    grad_moments: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    weight_imag: Tensor | None,
+    max_index: Tensor,
+    modulus_index: Tensor,
+    argmax: Tensor,
+    moments: Tensor,
+    stride: int,
+    padding: int,
+    pool_padding: int,
+    ceil_mode: bool,
+    blur: int,
+    with_input: bool,
+    with_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mixpool.fused import launch
+
+    geometry = _geometry(x, weight, stride, padding, pool_padding, ceil_mode)
+    grad_x, grad_weight, grad_imag = _gradients(x, weight, weight_imag, with_input, with_weight)
+    dtype = grad_pooled.dtype
+    of_maps: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by stride: gradients of the convolutions' maps, and filters
+    with torch.cuda.device_of(x):
+        for kind, channels, imag in _kinds(max_index, modulus_index, weight_imag, blur):
+            matrix = launch.Matrix.of(kind, geometry, len(channels), dtype, "backward")
+            packed = x.new_empty((matrix.groups, matrix.depth, matrix.columns), dtype=dtype)
+            launch.pack(matrix, geometry, x, weight, imag, channels, packed)()
+            coefficients = grad_conv = None
+            if grad_moments is not None:
+                count = x.shape[0] * geometry.positions(kind)
+                spread, coefficients = launch.spread_moments(matrix, moments, grad_moments, channels, count)
+                spread()
+            if with_input:
+                filters = weight.index_select(0, channels)
+                filters = filters if imag is None else torch.cat([filters, imag.to(filters.dtype)])
+                size = geometry.pooled_size if kind == "modulus1" else geometry.conv_size
+                layout = {"dtype": dtype, "device": x.device, "memory_format": memory_format(x)}
+                grad_conv = torch.empty((x.shape[0], len(filters), *size), **layout)
+                of_maps.setdefault(1 + (kind == "modulus1"), []).append((grad_conv, filters.to(dtype)))
+            call, partial = launch.backward(
+                matrix,
+                geometry,
+                x,
+                packed,
+                channels,
+                grad_pooled,
+                argmax=argmax if kind == "max" else None,
+                coefficients=coefficients,
+                grad_conv=grad_conv,
+                with_weight=with_weight,
+            )
+            call()
+            if with_weight:
+                launch.unpack(matrix, geometry, x, partial.sum(0), channels, grad_weight, grad_imag)()
+        if with_input:
+            grads = [
+                _input_gradient(pool_stride, geometry, x, *(torch.cat(t, dim=d) for t, d in zip(zip(*maps), (1, 0))))
+                for pool_stride, maps in of_maps.items()
+            ]
+            grad_x.copy_(sum(grad.float() for grad in grads) if len(grads) > 1 else grads[0])
+    return grad_x, grad_weight, grad_imag
+
+
+@_convolve_and_pool_backward.register_fake
+def _(
+    grad_pooled,
+    grad_moments,
+    x,
+    weight,
+    weight_imag,
+    max_index,
+    modulus_index,
+    argmax,
+    moments,
+    stride,
+    padding,
+    pool_padding,
+    ceil_mode,
+    blur,
+    with_input,
+    with_weight,
+):
+    return _gradients(x, weight, weight_imag, with_input, with_weight)
+
+
+def _gradients(x, weight, weight_imag, with_input: bool, with_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Fresh contiguous tensors, (0,) where nothing is asked."""
+
+    def like(tensor: Tensor | None, wanted: bool) -> Tensor:
+        if tensor is None or not wanted:
+            return x.new_empty((0,))
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    grad_x = x.new_empty((0,))
+    if with_input:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return grad_x, like(weight, with_weight), like(weight_imag, with_weight)
+
+
+def _input_gradient(pool_stride: int, geometry: StemGeometry, x: Tensor, grad_conv: Tensor, filters: Tensor) -> Tensor:
+    """aten's gradient of a convolution by its input, in the dtype of `grad_conv`.
+
+    The convolution at the windows' centres (pool_stride 2) starts at another pixel than the dense one, maybe inside the
+    image, and stops where the last window does; so its input is padded or cropped to fit exactly, and that is undone.
+    """
+    step, before = pool_stride * geometry.stride, geometry.padding
+    if pool_stride == 2:
+        before -= geometry.stride * (1 - geometry.pool_padding)
+    pads = []
+    for length, count in zip(x.shape[:1:-1], grad_conv.shape[:1:-1], strict=True):  # F.pad starts at the last axis
+        pads += [before, (count - 1) * step + geometry.kernel_size - length - before]
+    padded = F.pad(x[:, :1], pads).to(filters.dtype).expand(-1, x.shape[1], -1, -1)  # only its shape counts
+    grad, _, _ = torch.ops.aten.convolution_backward(
+        grad_conv, padded, filters, None, [step, step], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]
+    )
+    return F.pad(grad, [-pad for pad in pads])
+
+
+# --- affine_relu ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mixpool::affine_relu", mutates_args=())
+def _affine_relu(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
+    from mixpool.fused import launch
+
+    out = torch.empty_like(x, memory_format=memory_format(x))
+    with torch.cuda.device_of(x):
+        launch.affine_forward(x, scale, shift, out, relu)()
+    return out
+
+
+@_affine_relu.register_fake
+def _(x, scale, shift, relu):
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def _save_affine(ctx, inputs, output) -> None:
+    x, scale, shift, ctx.relu = inputs
+    ctx.save_for_backward(x, scale, shift)
+
+
+def _affine_backward(ctx, grad):
+    x, scale, shift = ctx.saved_tensors
+    grad = grad.contiguous(memory_format=memory_format(x))
+    grad_x, grad_scale, grad_shift = torch.ops.mixpool.affine_relu_backward(grad, x, scale, shift, ctx.relu)
+    return grad_x, grad_scale, grad_shift, None
+
+
+_affine_relu.register_autograd(_affine_backward, setup_context=_save_affine)
+
+
+@torch.library.custom_op("mixpool::affine_relu_backward", mutates_args=())
+def _affine_relu_backward(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mixpool.fused import launch
+
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
+    with torch.cuda.device_of(x):
+        call, sums = launch.affine_backward(x, scale, shift, grad_out, grad_x, relu)
+        call()
+        grad_scale, grad_shift = sums.sum(0)
+    return grad_x, grad_scale.clone(), grad_shift.clone()
+
+
+@_affine_relu_backward.register_fake
+def _(grad_out, x, scale, shift, relu):
+    return torch.empty_like(x, memory_format=memory_format(x)), torch.empty_like(scale), torch.empty_like(shift)

@@ -1,0 +1,431 @@
+"""Channels that look at a whole pooling window: the maximum of a convolution, or the binomial mean of its modulus.
+
+    max       max over the window of y,                    y = conv(x; W)
+    modulus3  sum of w |z| over the window / sum of w,     z = conv(x; W + iV), w = [1 2 1] x [1 2 1]
+
+The convolution's map, four to eight times the output, is never written. A program takes BLOCK - 1 neighbouring columns
+of cells and one more on the left as a halo, and walks down the convolution's rows; what a row means for the window is
+carried in registers, so each row is computed once. One matrix product per row gives both positions of a cell that lie
+in it, centre and right; the third of the window, left, is the neighbour's right.
+
+For the backward pass nothing of the map is kept but a maximum's place in its window, in a byte. Weight gradients are
+partial sums per program, added up afterwards: no atomics, the same bits every time.
+
+Legend: rows of a tile are columns of cells, flattened over images: (n, q). Row i of the walk is the convolution's row
+2 p0 - pad + i: top row of the first window, then centre and bottom of each, a bottom row being the next one's top.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mixpool.fused.packing import load_slices, split_column
+from mixpool.fused.patches import load_patch
+
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@triton.jit
+def energies(products, ROWS: tl.constexpr, C: tl.constexpr):
+    """(centre, right) of |z|^2, (ROWS, C) each, from the columns as `packing` orders them."""
+    re, im = tl.split(tl.reshape(products, (ROWS, C // 4, 2, 4, 2)))
+    energy = tl.permute(re * re + im * im, (0, 1, 3, 2))
+    return tl.split(tl.reshape(energy, (ROWS, C, 2)))
+
+
+@triton.jit(do_not_specialize=["n_columns"])  # the batch size compiles nothing anew
+def forward(
+    x,  # (N, C_in, H, W)
+    packed,  # of `packing.pack`
+    channels,  # (n,) places of the kind's channels among all
+    scale,  # (C_out,) of the epilogue
+    shift,
+    out,  # (N, C_out, P, Q); the kind's channels are written
+    argmax,  # (N, n rounded up, P, Q) int8: 3 row + column of the maximum in its window, the first one in that order
+    sums,  # (programs, 2, groups * GROUP): sums of y and y^2 (of nothing and |z|^2) over the cells of the program
+    n_channels,
+    n_columns,  # images times CELLS_Q
+    X_N: tl.constexpr,
+    X_C: tl.constexpr,
+    X_H: tl.constexpr,
+    X_W: tl.constexpr,
+    OUT_N: tl.constexpr,
+    OUT_C: tl.constexpr,
+    OUT_H: tl.constexpr,
+    OUT_W: tl.constexpr,
+    ARGMAX_N: tl.constexpr,
+    ARGMAX_C: tl.constexpr,
+    ARGMAX_H: tl.constexpr,
+    ARGMAX_W: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C_IN: tl.constexpr,
+    CONV_H: tl.constexpr,
+    CONV_W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    POOL_PADDING: tl.constexpr,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+    START: tl.constexpr,
+    FIRST_P: tl.constexpr,  # cells along rows: FIRST_P to END_P - 1
+    END_P: tl.constexpr,
+    FIRST_Q: tl.constexpr,
+    CELLS_Q: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,  # channels of a program
+    EVEN: tl.constexpr,  # whether all programs have all of theirs
+    IDENTITY: tl.constexpr,  # whether the kind has all channels, so that they lie side by side
+    N_COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,  # rows of a tile
+    STRIP: tl.constexpr,  # cells that a program walks down
+    WITH_ARGMAX: tl.constexpr,
+    WITH_SUMS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    group = tl.program_id(0) % GROUPS
+    tile = tl.program_id(0) // GROUPS
+    channel = group * GROUP + tl.arange(0, GROUP)
+    is_channel = channel < n_channels
+    out_channel = channel if IDENTITY else tl.load(channels + channel, mask=is_channel, other=0).to(tl.int32)
+    if AFFINE:
+        gain = tl.load(scale + out_channel)[None, :]
+        offset = tl.load(shift + out_channel)[None, :]
+    filters = load_slices(packed, group, DEPTH, N_COLUMNS, BLOCK_K)
+
+    lane = tl.arange(0, BLOCK)
+    flat = tile * (BLOCK - 1) - 1 + lane  # lane 0 is the halo
+    flat_inside = tl.minimum(tl.maximum(flat, 0), n_columns - 1)
+    image = flat_inside // CELLS_Q
+    q = flat_inside % CELLS_Q + FIRST_Q
+    center_column = 2 * q - POOL_PADDING + 1
+    left_inside = (center_column >= 1)[:, None]
+    center_inside = ((center_column >= 0) & (center_column < CONV_W))[:, None]
+    right_inside = (center_column + 1 < CONV_W)[:, None]
+    is_own = (lane >= 1) & (flat < n_columns)
+    is_output = is_own & (q >= 0) & (q < Q)
+    left_lane = tl.broadcast_to(tl.maximum(lane - 1, 0)[:, None], (BLOCK, GROUP))
+    element = (2 * STRIDE * q + START) * X_W
+    patch = (image * X_N + element)[:, None]
+
+    # The two columns of a cell are carried apart: lanes exchange values once per window, not once per row.
+    EMPTY = float("-inf") if KIND == "max" else 0.0
+    carry_center = tl.full((BLOCK, GROUP), EMPTY, tl.float32)
+    carry_right = tl.full((BLOCK, GROUP), EMPTY, tl.float32)
+    if WITH_ARGMAX:  # row of the carried maximum in its window
+        row_center = tl.zeros((BLOCK, GROUP), tl.int32)
+        row_right = tl.zeros((BLOCK, GROUP), tl.int32)
+    if WITH_SUMS:
+        sum_1 = tl.zeros((BLOCK, GROUP), tl.float32)
+        sum_2 = tl.zeros((BLOCK, GROUP), tl.float32)
+
+    p0 = FIRST_P + tl.program_id(1) * STRIP
+    for i in tl.range(0, 1 + 2 * tl.minimum(STRIP, END_P - p0), num_stages=STAGES):
+        row = 2 * p0 - POOL_PADDING + i
+        row_inside = (row >= 0) & (row < CONV_H)
+        line = STRIDE * row - PADDING
+        products = tl.zeros((BLOCK, N_COLUMNS), tl.float32)
+        for s in tl.static_range(DEPTH // BLOCK_K):
+            pixels = load_patch(
+                x, patch + line * X_H, element[:, None], line, s, X_C, X_H, X_W, H, W, C_IN, KERNEL, TAPS, BLOCK_K
+            )
+            products = tl.dot(pixels.to(packed.dtype.element_ty), filters[s], products, input_precision=PRECISION)
+        if KIND == "max":
+            center, right = tl.split(tl.reshape(products, (BLOCK, GROUP, 2)))
+        else:
+            center, right = energies(products, BLOCK, GROUP)
+
+        if WITH_SUMS:  # the top row of the walk belongs to the cells above
+            counts = is_own[:, None] & row_inside & (i > 0)
+            center_counted = tl.where(counts & center_inside, center, 0.0)
+            right_counted = tl.where(counts & right_inside, right, 0.0)
+            if KIND == "max":
+                sum_1 += center_counted + right_counted
+                sum_2 += center_counted * center_counted + right_counted * right_counted
+            else:
+                sum_2 += center_counted + right_counted
+
+        is_bottom = i % 2 == 0
+        if KIND == "max":
+            center = tl.where(row_inside, center, EMPTY)
+            right = tl.where(row_inside, right, EMPTY)
+            if WITH_ARGMAX:
+                row_center = tl.where(center > carry_center, tl.where(is_bottom, 2, 1), row_center)
+                row_right = tl.where(right > carry_right, tl.where(is_bottom, 2, 1), row_right)
+            carry_center = tl.maximum(carry_center, center, propagate_nan=NAN)
+            carry_right = tl.maximum(carry_right, right, propagate_nan=NAN)
+        else:
+            center = tl.where(row_inside, tl.sqrt(center), EMPTY)
+            right = tl.where(row_inside, tl.sqrt(right), EMPTY)
+            weight = tl.where(is_bottom, 1.0, 2.0)
+            carry_center += weight * center
+            carry_right += weight * right
+
+        if is_bottom:
+            p = p0 + i // 2 - 1
+            if (i > 0) & (p >= 0) & (p < P):
+                carry_left = tl.where(left_inside, tl.gather(carry_right, left_lane, 0), EMPTY)
+                at_center = tl.where(center_inside, carry_center, EMPTY)
+                at_right = tl.where(right_inside, carry_right, EMPTY)
+                if KIND == "max":
+                    pooled = tl.maximum(carry_left, at_center, propagate_nan=NAN)
+                    if WITH_ARGMAX:
+                        place = 3 * tl.gather(row_right, left_lane, 0)
+                        other = 3 * row_center + 1
+                        is_other = (at_center > carry_left) | ((at_center == carry_left) & (other < place))
+                        place = tl.where(is_other, other, place)
+                        other = 3 * row_right + 2
+                        is_other = (at_right > pooled) | ((at_right == pooled) & (other < place))
+                        place = tl.where(is_other, other, place)
+                    pooled = tl.maximum(pooled, at_right, propagate_nan=NAN)
+                else:
+                    pooled = carry_left + 2.0 * at_center + at_right
+                    pooled = pooled * inverse_weight(p, q, CONV_H, CONV_W, POOL_PADDING)[:, None]
+                if AFFINE:
+                    pooled = pooled * gain + offset
+                if RELU:
+                    pooled = tl.maximum(pooled, 0.0, propagate_nan=NAN)
+                is_written = is_output[:, None] if EVEN else is_output[:, None] & is_channel[None, :]
+                target = (image * OUT_N + p * OUT_H + q * OUT_W)[:, None] + (out_channel * OUT_C)[None, :]
+                tl.store(out + target, pooled.to(out.dtype.element_ty), mask=is_written)
+                if WITH_ARGMAX:
+                    target = (image * ARGMAX_N + p * ARGMAX_H + q * ARGMAX_W)[:, None] + (channel * ARGMAX_C)[None, :]
+                    tl.store(argmax + target, place.to(tl.int8), mask=is_written)
+            carry_center = center
+            carry_right = right
+            if WITH_ARGMAX:
+                row_center = tl.zeros((BLOCK, GROUP), tl.int32)
+                row_right = tl.zeros((BLOCK, GROUP), tl.int32)
+
+    if WITH_SUMS:
+        target = sums + (tile * tl.num_programs(1) + tl.program_id(1)) * (2 * GROUPS * GROUP) + channel
+        tl.store(target, tl.sum(sum_1, 0))
+        tl.store(target + GROUPS * GROUP, tl.sum(sum_2, 0))
+
+
+@triton.jit
+def inverse_weight(p, q, CONV_H: tl.constexpr, CONV_W: tl.constexpr, POOL_PADDING: tl.constexpr):
+    """1 / the sum of the binomial weights of window (p, q) that lie on the map."""
+    return 1.0 / (axis_weight(p, CONV_H, POOL_PADDING) * axis_weight(q, CONV_W, POOL_PADDING))
+
+
+@triton.jit
+def axis_weight(p, LENGTH: tl.constexpr, POOL_PADDING: tl.constexpr):
+    """The sum of [1 2 1] over the positions of a window that lie on the map, along an axis; at least 1."""
+    center = 2 * p - POOL_PADDING + 1
+    weight = tl.where((center >= 0) & (center < LENGTH), 2, 0)
+    weight += tl.where((center >= 1) & (center <= LENGTH), 1, 0)
+    weight += tl.where((center >= -1) & (center < LENGTH - 1), 1, 0)
+    return tl.maximum(weight, 1).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["n_columns", "n_items"])
+def backward(
+    x,  # (N, C_in, H, W)
+    packed,  # of `packing.pack`
+    channels,  # (n,)
+    grad_out,  # (N, C_out, P, Q)
+    argmax,  # (N, n rounded up, P, Q) int8
+    coefficients,  # (2, groups * columns) of `moments.spread`
+    grad_conv,  # (N, n or 2 n, CONV_H, CONV_W), written: the gradient of the convolution's map, [re, im]
+    grad_packed,  # (programs, groups, DEPTH / BLOCK_K, columns, BLOCK_K), written: partial sums
+    n_channels,
+    n_columns,
+    n_items,  # tiles times strips
+    X_N: tl.constexpr,
+    X_C: tl.constexpr,
+    X_H: tl.constexpr,
+    X_W: tl.constexpr,
+    OUT_N: tl.constexpr,
+    OUT_C: tl.constexpr,
+    OUT_H: tl.constexpr,
+    OUT_W: tl.constexpr,
+    ARGMAX_N: tl.constexpr,
+    ARGMAX_C: tl.constexpr,
+    ARGMAX_H: tl.constexpr,
+    ARGMAX_W: tl.constexpr,
+    CONV_N: tl.constexpr,
+    CONV_C: tl.constexpr,
+    CONV_Y: tl.constexpr,
+    CONV_X: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C_IN: tl.constexpr,
+    CONV_H: tl.constexpr,
+    CONV_W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    POOL_PADDING: tl.constexpr,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+    START: tl.constexpr,
+    FIRST_P: tl.constexpr,
+    END_P: tl.constexpr,
+    FIRST_Q: tl.constexpr,
+    CELLS_Q: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    N_COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,  # slices of the depth that a program sums up; a divisor of all of them
+    BLOCK: tl.constexpr,
+    STRIP: tl.constexpr,
+    WITH_SUMS: tl.constexpr,  # the statistics have gradients
+    WITH_CONV: tl.constexpr,
+    WITH_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients by the matrix and by the convolution's map, from that of the pooled map and of the statistics.
+
+    With g the gradient that reaches a position through the windows it lies in, a and b from the statistics:
+    max      dy = g where it is the maximum, + a + b y;       modulus3  dz = (g / |z| + b) z, and 0 where z = 0
+    """
+    SLICES: tl.constexpr = DEPTH // BLOCK_K
+    NEEDS_PRODUCTS: tl.constexpr = (KIND == "modulus3") or WITH_SUMS
+    # Whether all columns of all cells lie on the map, so that only rows have to be checked.
+    FULL: tl.constexpr = (FIRST_Q == 0) and (2 * CELLS_Q - POOL_PADDING < CONV_W)
+    group = tl.program_id(1)
+    first_slice = tl.program_id(2) * CHUNK
+    channel = group * GROUP + tl.arange(0, GROUP)
+    # Channels beyond the last repeat it, for columns that nobody reads.
+    out_channel = tl.load(channels + tl.minimum(channel, n_channels - 1)).to(tl.int32)
+
+    of_column, position, part = split_column(tl.arange(0, N_COLUMNS), KIND)
+    of_column += group * GROUP
+    is_column = of_column < n_channels
+    level = coefficients + group * N_COLUMNS + tl.arange(0, N_COLUMNS)
+    slope = level + GROUPS * N_COLUMNS
+    if NEEDS_PRODUCTS:
+        filters = load_slices(packed, group, DEPTH, N_COLUMNS, BLOCK_K)
+
+    lane = tl.arange(0, BLOCK)
+    right_lane = tl.broadcast_to(tl.minimum(lane + 1, BLOCK - 1)[:, None], (BLOCK, GROUP))
+    STRIPS: tl.constexpr = (END_P - FIRST_P + STRIP - 1) // STRIP
+    totals = ()
+    for _ in tl.static_range(CHUNK):
+        totals = totals + (tl.zeros((N_COLUMNS, BLOCK_K), tl.float32),)
+
+    for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
+        p0 = FIRST_P + (item % STRIPS) * STRIP
+        flat = (item // STRIPS) * (BLOCK - 1) + lane  # the last lane is the halo
+        flat_inside = tl.minimum(flat, n_columns - 1)
+        image = flat_inside // CELLS_Q
+        q = flat_inside % CELLS_Q + FIRST_Q
+        center_column = 2 * q - POOL_PADDING + 1
+        is_own = (lane < BLOCK - 1) & (flat < n_columns)
+        is_output = (flat < n_columns) & (q >= 0) & (q < Q)
+        has_right = (is_own & (q + 1 < Q))[:, None]
+        center_inside = is_own & (center_column >= 0) & (center_column < CONV_W)
+        right_inside = is_own & (center_column + 1 < CONV_W)
+        in_map = tl.where((position == 0)[None, :], center_inside[:, None], right_inside[:, None])
+        element = (2 * STRIDE * q + START) * X_W
+        patch = (image * X_N + element)[:, None]
+        # Far left of the image: the halo's pixels are 0. (A product, whose divisibility the compiler can see.)
+        element -= (1 - is_own.to(tl.int32)) * 1048576
+
+        for i in tl.range(0, 2 * tl.minimum(STRIP, END_P - p0), num_stages=STAGES):
+            p = p0 + i // 2
+            below = i % 2  # 0 in the centre row of window p, 1 in its bottom row, the top row of window p + 1
+            row = 2 * p - POOL_PADDING + 1 + below
+            line = STRIDE * row - PADDING
+            row_inside = (row >= 0) & (row < CONV_H)
+
+            reads_this = (is_output & (p >= 0) & (p < P))[:, None]
+            reads_next = (is_output & (below == 1) & (p + 1 < P))[:, None]
+            source = (image * OUT_N + p * OUT_H + q * OUT_W)[:, None] + (out_channel * OUT_C)[None, :]
+            grad_this = tl.load(grad_out + source, mask=reads_this, other=0.0).to(tl.float32)
+            grad_next = tl.load(grad_out + (source + OUT_H), mask=reads_next, other=0.0).to(tl.float32)
+            if KIND == "max":
+                source = (image * ARGMAX_N + p * ARGMAX_H + q * ARGMAX_W)[:, None] + (channel * ARGMAX_C)[None, :]
+                place_this = tl.load(argmax + source, mask=reads_this, other=9)
+                place_next = tl.load(argmax + (source + ARGMAX_H), mask=reads_next, other=9)
+                first = 3 * (1 + below)
+                of_left = tl.where(place_this == first, grad_this, 0.0) + tl.where(place_next == 0, grad_next, 0.0)
+                center = tl.where(place_this == first + 1, grad_this, 0.0) + tl.where(place_next == 1, grad_next, 0.0)
+                right = tl.where(place_this == first + 2, grad_this, 0.0) + tl.where(place_next == 2, grad_next, 0.0)
+            else:
+                grad_this *= inverse_weight(p, q, CONV_H, CONV_W, POOL_PADDING)[:, None]
+                grad_next *= inverse_weight(p + 1, q, CONV_H, CONV_W, POOL_PADDING)[:, None]
+                of_left = tl.where(below == 0, 2.0 * grad_this, grad_this + grad_next)
+                center = 2.0 * of_left
+                right = of_left
+            right += tl.where(has_right, tl.gather(of_left, right_lane, 0), 0.0)
+
+            if NEEDS_PRODUCTS or WITH_WEIGHT:
+                offset = patch + line * X_H
+                pixels = ()
+                if CHUNK == SLICES:
+                    for s in tl.static_range(SLICES):
+                        of_slice = load_patch(
+                            x, offset, element[:, None], line, s, X_C, X_H, X_W, H, W, C_IN, KERNEL, TAPS, BLOCK_K
+                        )
+                        pixels = pixels + (of_slice.to(packed.dtype.element_ty),)
+            if NEEDS_PRODUCTS:
+                products = tl.zeros((BLOCK, N_COLUMNS), tl.float32)
+                for s in tl.static_range(SLICES):
+                    if CHUNK == SLICES:
+                        of_slice = pixels[s]
+                    else:
+                        of_slice = load_patch(
+                            x, offset, element[:, None], line, s, X_C, X_H, X_W, H, W, C_IN, KERNEL, TAPS, BLOCK_K
+                        ).to(packed.dtype.element_ty)
+                    products = tl.dot(of_slice, filters[s], products, input_precision=PRECISION)
+
+            # Volatile: read again in every row, where the compiler would keep them in scarce registers.
+            if KIND == "max":
+                grad = tl.reshape(tl.join(center, right), (BLOCK, N_COLUMNS))
+                if WITH_SUMS:
+                    grad += tl.load(level)[None, :] + tl.load(slope)[None, :] * products
+            else:
+                re, im = tl.split(tl.reshape(products, (BLOCK, GROUP // 4, 2, 4, 2)))
+                energy = re * re + im * im
+                of_modulus = tl.reshape(tl.join(center, right), (BLOCK, GROUP // 4, 4, 2))
+                ratio = tl.permute(of_modulus, (0, 1, 3, 2)) * tl.where(energy > 0, tl.rsqrt(energy), 0.0)
+                factor = tl.reshape(tl.join(ratio, ratio), (BLOCK, N_COLUMNS))
+                if WITH_SUMS:
+                    factor += tl.load(slope)[None, :]
+                grad = factor * products
+            if FULL:
+                grad = tl.where(row_inside, grad, 0.0)
+            else:
+                grad = tl.where(in_map & row_inside, grad, 0.0)
+            grad = grad.to(packed.dtype.element_ty)
+
+            if WITH_CONV:
+                target = (image * CONV_N + row * CONV_Y + center_column * CONV_X)[:, None] + (
+                    (of_column + part * n_channels) * CONV_C + position * CONV_X
+                )[None, :]
+                tl.store(grad_conv + target, grad, mask=in_map & row_inside & is_column[None, :])
+            if WITH_WEIGHT:
+                if CHUNK != SLICES:
+                    for s in tl.static_range(CHUNK):
+                        of_slice = load_patch(
+                            x, offset, element[:, None], line, first_slice + s,
+                            X_C, X_H, X_W, H, W, C_IN, KERNEL, TAPS, BLOCK_K,
+                        )  # fmt: skip
+                        pixels = pixels + (of_slice.to(packed.dtype.element_ty),)
+                transposed = tl.trans(grad)
+                new_totals = ()
+                for s in tl.static_range(CHUNK):
+                    new_totals = new_totals + (tl.dot(transposed, pixels[s], totals[s], input_precision=PRECISION),)
+                totals = new_totals
+
+    if WITH_WEIGHT:
+        target = ((tl.program_id(0) * GROUPS + group) * SLICES + first_slice) * (N_COLUMNS * BLOCK_K)
+        within = tl.arange(0, N_COLUMNS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        for s in tl.static_range(CHUNK):
+            tl.store(grad_packed + target + s * (N_COLUMNS * BLOCK_K) + within, totals[s])
