@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mixpool.fused.geometry import StemGeometry, is_channels_last
+from mixpool.fused.geometry import StemGeometry, is_channels_last, padded_places
 from mixpool.reference import ConvGeometry, Pair, PoolGeometry, centers_are_inside
 from mixpool.trial import Case, failure_of_trial
 
@@ -167,6 +167,8 @@ def _tensor_obstacle(call: Call) -> str | None:
         return f"images and weights differ in dtype, {x.dtype} and {weight.dtype}"
     if dtype == torch.float32 and x.device.type == "cuda" and not _allows_tf32():
         return "TF32 is off for convolutions (torch.backends.cudnn.allow_tf32), and it has no other float32 products"
+    if dtype == torch.bfloat16 and x.device.type == "cpu":
+        return "Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers"
     return None
 
 
@@ -207,7 +209,10 @@ def _memory_obstacle(call: Call) -> str | None:
     if not torch.compiler.is_compiling() and _is_misaligned(x):
         return f"the images do not start at a multiple of {ALIGNMENT} bytes"
     last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    largest = max(last, count * weight.shape[0] * math.prod(geometry.pooled_size))
+    pooled = math.prod(geometry.pooled_size)
+    largest = max(last, count * weight.shape[0] * pooled)
+    if call.needs_grad:
+        largest = max(largest, count * padded_places(weight.shape[0] - call.num_modulus) * pooled)
     if call.needs_grad and x.requires_grad:  # then the gradients of re and im are written
         largest = max(largest, count * 2 * weight.shape[0] * math.prod(geometry.conv_size))
     if largest >= MAX_OFFSET:

@@ -149,6 +149,11 @@ OBSTACLES = {
     ),
     "misaligned": ({"x": torch.zeros(2 * 3 * 33 * 30 + 1)[1:].reshape(2, 3, 33, 30)}, "16 bytes"),
     "many outputs": ({"x": torch.zeros(1, 3, 33, 30).expand(2**23, -1, -1, -1)}, "2**31"),
+    "many places of maxima": ({"x": torch.zeros(1, 3, 33, 30).expand(2**21, -1, -1, -1), "needs_grad": True}, "2**31"),
+    "bfloat16 in the interpreter": (
+        {"x": torch.zeros(2, 3, 33, 30).bfloat16(), "weight": torch.zeros(7, 3, 5, 5).bfloat16()},
+        "interpreter",
+    ),
     "many gradients": (
         {"x": torch.zeros(1, 3, 33, 30, requires_grad=True).expand(2**20, -1, -1, -1), "needs_grad": True},
         "2**31",
@@ -173,7 +178,7 @@ NO_OBSTACLES = {
     "blur=1 without modulus": {"num_modulus": 0, "blur": 1, "pool": PoolGeometry(padding=(1, 1), ceil_mode=True)},
     "channels_last": {"x": torch.zeros(2, 3, 33, 30).contiguous(memory_format=torch.channels_last)},
     "a crop": {"x": torch.zeros(2, 3, 40, 40)[:, :, 4:, 4:]},
-    "one image for all": {"x": torch.zeros(1, 3, 33, 30).expand(2**20, -1, -1, -1), "needs_grad": True},
+    "one image for all": {"x": torch.zeros(1, 3, 33, 30).expand(2**20, -1, -1, -1)},
 }
 
 

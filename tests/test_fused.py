@@ -5,6 +5,7 @@ Legend: N images, C channels, (H, W) pixels, k kernel side, m stride of the conv
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from typing import NamedTuple
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import TOLERANCE, assert_close, assert_same_bits
-from torch import Tensor
+from torch import Tensor, nn
 
-from mixpool import reference
+from mixpool import MixPoolStem, reference
 from mixpool.functional import split_channels
 from mixpool.fused import ops
+from mixpool.fused.geometry import padded_places
 from mixpool.reference import ConvGeometry, PoolGeometry
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -55,6 +57,7 @@ CASES = [
     Case("four channels, even kernel, much padding", 2, 4, 13, 16, 4, 4, 6, 1, False, "xo", True),
     Case("one channel in, stride 1, no padding", 2, 1, 9, 8, 5, 1, 0, 0, False, "oox", False),
     Case("an image as small as the kernel", 3, 3, 7, 8, 7, 2, 0, 1, False, "xo", True),
+    Case("one pixel", 2, 3, 1, 1, 3, 1, 1, 1, False, "xo", True),
 ]
 HALF_CASES = [CASES[i] for i in (0, 1, 4, 6)]
 
@@ -245,12 +248,54 @@ def test_float32_images_and_filters_in_half_precision(dtype, blur, interpret_bfl
         assert_close("gradient", leaf.grad, other.grad.float(), (2e-2, 2e-2))
 
 
-def test_an_epilogue_with_gradients_is_refused():
-    stem = stem_of(CASES[0], 3, torch.float32)
-    with pytest.raises(ValueError, match="affine_relu"):
-        ops.convolve_and_pool(
-            *stem.leaves(torch.float32), *stem[3:6], blur=3, scale=torch.ones(7, device=DEVICE), relu=True
-        )
+@pytest.mark.parametrize("options", ({"relu": True}, {"scale", "shift"}, {"scale", "shift", "relu"}), ids=str)
+def test_gradients_of_a_pass_that_was_recorded_without(options, interpret_bfloat16):
+    """As a graph that was exported from frozen parameters: no places were kept, and the epilogue has gradients too."""
+    stem, dtype = stem_of(CASES[0], 3, DTYPES[-1]), DTYPES[-1]
+    geometry = (stem.conv.stride[0], stem.conv.padding[0], stem.pool.padding[0], stem.pool.ceil_mode, stem.blur)
+    vectors = {"scale": torch.rand(7) + 0.5, "shift": torch.randn(7)}
+    upstream = torch.randn(run_reference(stem, stem.leaves(torch.float64))[0].shape, device=DEVICE).to(dtype)
+
+    def gradients(run, of: torch.dtype) -> dict[str, Tensor]:
+        leaves = stem.leaves(of)
+        wide = torch.promote_types(of, torch.float32)
+        own = {name: v.to(DEVICE, wide, copy=True).requires_grad_() for name, v in vectors.items()}
+        given = [own[name] if name in options else None for name in ("scale", "shift")]
+        run(leaves, given, of).backward(upstream.to(of))
+        return {str(i): leaf.grad for i, leaf in enumerate((*leaves, *given)) if leaf is not None}
+
+    def fused(leaves, given, of):
+        return torch.ops.mixpool.convolve_and_pool(
+            *leaves, *stem.channels, *given, *geometry, "relu" in options, False, False, of
+        )[0]
+
+    def plain(leaves, given, of):
+        out = reference.affine(run_reference(stem, leaves)[0], *given)
+        return F.relu(out) if "relu" in options else out
+
+    truth, eager = gradients(plain, torch.float64), gradients(plain, dtype)
+    actual = gradients(fused, dtype)
+    for name in ("3", "4"):  # because these are sums over all positions
+        if name in truth:
+            assert_close(name, actual.pop(name), truth.pop(name), (1e-2, 1e-2) if DEVICE == "cuda" else (1e-4, 1e-4))
+            eager.pop(name)
+    assert_as_good(actual, eager, truth, dtype)
+
+
+def test_vectors_that_are_not_contiguous():
+    stem = stem_of(CASES[0], 3, DTYPES[-1])
+    x, weight, imag = (t.to(DTYPES[-1]) for t in stem[:3])
+    for vector in (torch.tensor(0.5, device=DEVICE).expand(7), torch.randn(7, 3, device=DEVICE)[:, 1]):
+        outs = []
+        for scale in (vector, vector.contiguous()):
+            out, _ = ops.convolve_and_pool(x, weight, imag, *stem[3:6], blur=3, scale=scale, shift=scale)
+            pooled, _ = ops.convolve_and_pool(x, weight, imag, *stem[3:6], blur=3)
+            leaf = scale.detach().requires_grad_()
+            separate = ops.affine_relu(pooled, leaf, leaf, False)
+            separate.backward(torch.ones_like(separate))
+            outs += [(out, separate.detach(), leaf.grad)]
+        for a, b in zip(*outs):
+            assert_same_bits("result", a, b)
 
 
 # --- hard images ------------------------------------------------------------------------------------------------------
@@ -309,6 +354,22 @@ def test_pixels_that_are_not_finite(value, blur, interpret_bfloat16):
     if value != value:
         out = training_pass(run_fused, stem, dtype, upstream_of(run_reference(stem, stem.leaves(dtype))))
         assert out["moments"][1].isnan().all(), "statistics of a batch with a NaN"
+
+
+def test_strides_that_are_neither_layout():
+    """One pixel in channels_last strides, and channels that overlap."""
+    stem = stem_of(CASES[0], 3, DTYPES[-1])
+    signal = torch.randn(2, 24, 16, device=DEVICE, dtype=DTYPES[-1])
+    for x in (
+        torch.randn(2, 1, 1, 3, device=DEVICE, dtype=DTYPES[-1]).permute(0, 3, 1, 2),
+        signal.unfold(2, 3, 1).permute(0, 3, 1, 2),
+    ):
+        weight, imag = (t.to(DTYPES[-1]) for t in stem[1:3])
+        outs = [
+            ops.convolve_and_pool(images, weight, imag, *stem[3:6], blur=3, dtype=DTYPES[-1])[0]
+            for images in (x, x.clone(memory_format=torch.contiguous_format))
+        ]
+        assert_close("output", outs[0], outs[1].double())
 
 
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "NCHW"))
@@ -408,13 +469,25 @@ def test_opcheck_of_the_backward_pass(monkeypatch):
     torch.library.opcheck(torch.ops.mixpool.convolve_and_pool_backward.default, arguments)
 
 
-def test_differentiating_twice_is_an_error():
+def test_differentiating_twice_goes_through_the_reference():
+    """A gradient penalty: the gradient of a gradient, for all inputs."""
     stem = stem_of(CASES[11], 3, torch.float32)
-    leaves = stem.leaves(torch.float32)
-    out, _ = run_fused(stem, leaves)
-    (grad,) = torch.autograd.grad(out.square().sum(), leaves[1], create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd|differentia"):
-        grad.sum().backward()
+    results = []
+    for run in (run_fused, run_reference):
+        leaves = stem.leaves(torch.float32)
+        scale, shift = (torch.linspace(low, 1, 3, device=DEVICE).requires_grad_() for low in (0.5, -0.5))
+        pooled, moments = run(stem, leaves)
+        if run is run_fused:
+            out = ops.affine_relu(pooled, scale, shift)
+        else:
+            out = F.relu(reference.affine(pooled, scale, shift))
+        inputs = [*leaves, scale, shift]
+        grads = torch.autograd.grad(out.square().sum() + moments.square().sum(), inputs, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in grads)
+        results.append((*grads, *torch.autograd.grad(penalty, inputs)))
+    for i, (actual, expected) in enumerate(zip(*results)):
+        size = expected.abs().max().item()
+        assert_close(str(i), actual / size, expected.double() / size, (1e-4, 1e-4))
 
 
 @pytest.mark.parametrize("needs", ((True, False, False), (False, True, False), (False, False, True)), ids=ids)
@@ -447,9 +520,33 @@ def test_what_is_kept_for_the_backward_pass():
         ops.affine_relu(out, *torch.ones(2, len(weight), device=DEVICE, requires_grad=True))
     parameters = sum(t.numel() * t.element_size() for t in (weight, imag)) + 8 * len(weight) + 16 * len(weight)
     images = x.numel() * x.element_size()
-    n_max = -(-len(stem.channels.max) // ops.ARGMAX_MULTIPLE) * ops.ARGMAX_MULTIPLE
-    places = n_max * out.numel() // out.shape[1]
+    places = padded_places(len(stem.channels.max)) * out.numel() // out.shape[1]
     assert sum(kept.values()) <= parameters + images + out.numel() * out.element_size() + places
+
+
+def test_what_is_kept_against_the_stock_stem():
+    """At most a quarter of eager PyTorch's activations, images and parameters apart (a tenth: y, its copies, int64)."""
+    conv, norm = nn.Conv2d(3, 16, 7, 2, 3, bias=False, dtype=torch.float16), nn.BatchNorm2d(16)
+    stock = nn.Sequential(conv, norm, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)).to(DEVICE).train()
+    mixed = MixPoolStem(*copy.deepcopy(stock), select=[True, False] * 8, backend="fused").train()
+    x = torch.randn(2, 3, 32, 32, device=DEVICE, dtype=torch.float16)
+
+    def kept(module: nn.Module) -> int:
+        own = {t.untyped_storage().data_ptr() for t in (x, *module.parameters(), *module.buffers())}
+        sizes = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own and tensor.ndim == 4 and tensor.shape[0] == len(x):
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = module(x)
+        assert out.requires_grad
+        return sum(sizes.values())
+
+    assert 0 < kept(mixed) <= 0.25 * kept(stock)
 
 
 def test_checkpointing_repeats_the_pass():

@@ -13,6 +13,7 @@ from mixpool.fused.packing import load_slices, split_column
 from mixpool.fused.patches import load_patch
 
 NAN = tl.constexpr(tl.PropagateNan.ALL)
+SMALLEST = tl.constexpr(2.0**-126)  # rsqrt takes smaller numbers for 0
 
 
 @triton.jit
@@ -203,7 +204,7 @@ def backward(
         of_modulus = tl.load(grad_out + source, mask=is_position, other=0.0).to(tl.float32)
         re, im = tl.split(tl.reshape(products, (BLOCK, GROUP, 2)))
         energy = re * re + im * im
-        ratio = of_modulus * tl.where(energy > 0, tl.rsqrt(energy), 0.0)
+        ratio = of_modulus * tl.where(energy >= SMALLEST, tl.rsqrt(energy), 0.0)
         factor = tl.reshape(tl.join(ratio, ratio), (BLOCK, N_COLUMNS))
         if WITH_SUMS:
             factor += tl.load(slope)[None, :]  # not to be kept in registers

@@ -100,6 +100,11 @@ class StemGeometry(NamedTuple):
         }
 
 
+def padded_places(n_max: int) -> int:
+    """Channels of the bytes that keep the maxima's places: whole groups of the backward pass, in aligned vectors."""
+    return -(-n_max // 32) * 32
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of `x` lie side by side, by the rule of `functional.memory_format_of`."""
     return x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1

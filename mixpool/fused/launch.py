@@ -112,7 +112,7 @@ def _filter_constants(matrix: Matrix, geometry: StemGeometry, x: Tensor) -> dict
         "LEAD": geometry.window_start()[1],
         "STRIDE": geometry.stride,
         "C_IN": geometry.in_channels,
-        "CHANNELS_LAST": is_channels_last(x),
+        "CHANNELS_LAST": x.stride(3) != 1,  # as `load_patch` decides
     }
 
 

@@ -7,8 +7,9 @@ Not written: the convolution's map, in ResNet's stem at batch 256 in bfloat16 41
 copies, and max pooling's int64 indices. Kept for the backward pass: the images, the pooled map before the affine step,
 and the bytes of the max channels; re and im are computed again.
 
-Every kernel is deterministic. Neither operator can be differentiated twice; `backend` sends calls elsewhere that need
-more (functorch, forward mode), and asks whether a call can run here at all.
+Every kernel is deterministic. Differentiating twice goes through the reference; `backend` sends calls there that need
+more (functorch, forward mode), and asks whether a call can run here at all. A pixel that is not finite reaches a window
+further than in the reference: a patch has taps of weight 0 beside the filter, and 0 * NaN is NaN.
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixpool import reference
 from mixpool.fused.flops import register_formulas
-from mixpool.fused.geometry import StemGeometry, memory_format
+from mixpool.fused.geometry import StemGeometry, memory_format, padded_places
 from mixpool.reference import Channels, ConvGeometry, PoolGeometry
-
-# Channels of the bytes are rounded up to whole groups of the backward pass, which then reads aligned vectors.
-ARGMAX_MULTIPLE = 32
 
 
 def convolve_and_pool(
@@ -47,7 +46,8 @@ def convolve_and_pool(
         weight: (C_out, C_in, k, k), sign of the affine scale folded in.
         weight_imag: (n_modulus, C_in, k, k), or None if no channel takes the modulus.
         channels, conv, pool, blur: as in the reference.
-        scale, shift: (C_out,) of an epilogue scale * pooled + shift; only in passes without gradients.
+        scale, shift: (C_out,) of an epilogue scale * pooled + shift, for passes without gradients: a backward pass
+            through it has to compute the pooled map again. Call `affine_relu` where gradients will be needed.
         relu: whether a ReLU follows the epilogue.
         with_moments: also return batch statistics.
         dtype: of the products and of the output; default that of `x`. float32 means TF32 on a GPU.
@@ -60,8 +60,6 @@ def convolve_and_pool(
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, weight_imag, scale, shift)
     )
-    if needs_grad and (scale is not None or relu):
-        raise ValueError("expected no epilogue in a pass with gradients: apply affine_relu to the pooled map")
     pooled, _, moments = torch.ops.mixpool.convolve_and_pool(
         x,
         weight,
@@ -117,10 +115,8 @@ def _convolve_and_pool(
 
     geometry = _geometry(x, weight, stride, padding, pool_padding, ceil_mode)
     pooled, argmax, moments = _outputs(x, weight, max_index, geometry, with_moments, with_argmax, dtype)
-    if scale is None and shift is not None:
-        scale = torch.ones_like(shift)
-    elif scale is not None and shift is None:
-        shift = torch.zeros_like(scale)
+    if scale is not None or shift is not None:
+        scale, shift = _both_vectors(scale, shift)
     purpose = "training" if with_argmax or with_moments else "inference"
     with torch.cuda.device_of(x):
         for kind, channels, imag in _kinds(max_index, modulus_index, weight_imag, blur):
@@ -175,7 +171,7 @@ def _outputs(x, weight, max_index, geometry, with_moments, with_argmax, dtype) -
     size = geometry.pooled_size
     layout = {"device": x.device, "memory_format": memory_format(x)}
     pooled = torch.empty((x.shape[0], weight.shape[0], *size), dtype=dtype, **layout)
-    n_places = -(-max_index.shape[0] // ARGMAX_MULTIPLE) * ARGMAX_MULTIPLE
+    n_places = padded_places(max_index.shape[0])
     places = (x.shape[0], n_places, *size) if with_argmax else (0, 0, 0, 0)
     argmax = torch.empty(places, dtype=torch.int8, **layout)
     if n_places != max_index.shape[0]:
@@ -188,6 +184,12 @@ def _geometry(x: Tensor, weight: Tensor, stride, padding, pool_padding, ceil_mod
     return StemGeometry(weight.shape[-1], stride, padding, pool_padding, ceil_mode, *x.shape[1:])
 
 
+def _both_vectors(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The epilogue's vectors as a kernel reads them, 1 or 0 for the one that is not there."""
+    scale = torch.ones_like(shift, memory_format=torch.contiguous_format) if scale is None else scale.contiguous()
+    return scale, torch.zeros_like(scale) if shift is None else shift.contiguous()
+
+
 def _kinds(max_index: Tensor, modulus_index: Tensor, weight_imag: Tensor | None, blur: int):
     """(kind, channels, imaginary filters) of the kinds that have channels."""
     if len(max_index) > 0:
@@ -197,31 +199,47 @@ def _kinds(max_index: Tensor, modulus_index: Tensor, weight_imag: Tensor | None,
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    x, weight, weight_imag, max_index, modulus_index, _, _, *options = inputs
+    x, weight, weight_imag, max_index, modulus_index, scale, shift, *options = inputs
     _, argmax, moments = output
-    ctx.save_for_backward(x, weight, weight_imag, max_index, modulus_index, argmax, moments)
-    stride, padding, pool_padding, ceil_mode, blur, _, ctx.with_moments, _, ctx.dtype = options
-    ctx.geometry = (stride, padding, pool_padding, ceil_mode, blur)
+    ctx.save_for_backward(x, weight, weight_imag, max_index, modulus_index, scale, shift, argmax, moments)
+    *ctx.geometry, ctx.relu, ctx.with_moments, ctx.with_argmax, ctx.dtype = options
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_pooled, _, grad_moments):
-    x, weight, weight_imag, max_index, modulus_index, argmax, moments = ctx.saved_tensors
-    nothing = (None,) * 11
+    """Gradients of x, weight, weight_imag, scale and shift."""
+    x, weight, weight_imag, max_index, modulus_index, scale, shift, argmax, moments = ctx.saved_tensors
+    grads = [None] * 16
     if grad_pooled is None and grad_moments is None:
-        return None, None, None, *nothing, None, None
+        return tuple(grads)
+    if not ctx.with_moments:
+        grad_moments = None
     if grad_pooled is None:
         shape = _geometry(x, weight, *ctx.geometry[:4]).pooled_size
         grad_pooled = torch.zeros((x.shape[0], weight.shape[0], *shape), dtype=ctx.dtype, device=x.device)
+    tensors = (x, weight, weight_imag, max_index, modulus_index)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: these gradients need theirs
+        return _backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments)
+    grad_pooled = grad_pooled.contiguous(memory_format=memory_format(x))
+    has_epilogue = scale is not None or shift is not None or ctx.relu
+    if has_epilogue or (max_index.shape[0] > 0 and not ctx.with_argmax):  # the pass was recorded without gradients
+        pooled, argmax, moments = torch.ops.mixpool.convolve_and_pool(
+            *tensors, None, None, *ctx.geometry, False, ctx.with_moments, max_index.shape[0] > 0, ctx.dtype
+        )
+        if has_epilogue:
+            given = (scale, shift)
+            if scale is None and shift is None:
+                shift = torch.zeros(weight.shape[:1], dtype=torch.float32, device=x.device)
+            scale, shift = _both_vectors(scale, shift)
+            grad_pooled, *of_vectors = torch.ops.mixpool.affine_relu_backward(
+                grad_pooled, pooled, scale, shift, ctx.relu
+            )
+            grads[5:7] = (None if vector is None else grad for vector, grad in zip(given, of_vectors, strict=True))
     needs_x, needs_weight, needs_imag = ctx.needs_input_grad[:3]
-    grads = torch.ops.mixpool.convolve_and_pool_backward(
-        grad_pooled.contiguous(memory_format=memory_format(x)),
-        None if grad_moments is None or not ctx.with_moments else grad_moments.contiguous(),
-        x,
-        weight,
-        weight_imag,
-        max_index,
-        modulus_index,
+    of_tensors = torch.ops.mixpool.convolve_and_pool_backward(
+        grad_pooled,
+        None if grad_moments is None else grad_moments.contiguous(),
+        *tensors,
         argmax,
         moments,
         *ctx.geometry,
@@ -229,8 +247,42 @@ def _backward(ctx, grad_pooled, _, grad_moments):
         needs_weight or needs_imag,
     )
     needs = (needs_x, needs_weight, needs_imag)
-    grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-    return *grads, *nothing, None, None
+    grads[:3] = (grad if needed else None for grad, needed in zip(of_tensors, needs, strict=True))
+    return tuple(grads)
+
+
+def _backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments) -> tuple[Tensor | None, ...]:
+    """The same gradients by plain PyTorch, differentiable again; it keeps what the kernels do not."""
+    stride, padding, pool_padding, ceil_mode, blur = ctx.geometry
+    x, weight, weight_imag, max_index, modulus_index = tensors
+    channels = Channels(max_index, modulus_index)
+    with torch.enable_grad():
+        parts = reference.convolve_and_pool(
+            x.to(ctx.dtype),
+            weight.to(ctx.dtype),
+            None,
+            None if weight_imag is None else weight_imag.to(ctx.dtype),
+            channels,
+            ConvGeometry((stride,) * 2, (padding,) * 2),
+            PoolGeometry(padding=(pool_padding,) * 2, ceil_mode=ceil_mode),
+            blur=blur,
+            with_moments=grad_moments is not None,
+        )
+        order = torch.cat(channels).argsort()
+        pooled = torch.cat([part for part in parts[:2] if part is not None], dim=1).index_select(1, order)
+        out = reference.affine(pooled, scale, shift)
+        outputs, upstream = [F.relu(out) if ctx.relu else out], [grad_pooled]
+        if grad_moments is not None:
+            rows = [torch.stack([kind.mean, kind.var]) for kind in parts[2:] if kind is not None]
+            outputs.append(torch.cat(rows, dim=1).index_select(1, order))
+            upstream.append(grad_moments)
+        inputs = (x, weight, weight_imag, None, None, scale, shift)
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:7]) if needed]
+        found = torch.autograd.grad(outputs, [inputs[i] for i in wanted], upstream, create_graph=True)
+    grads = [None] * 16
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return tuple(grads)
 
 
 _convolve_and_pool.register_autograd(_backward, setup_context=_save_for_backward)
@@ -366,7 +418,7 @@ def _affine_relu(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
 
     out = torch.empty_like(x, memory_format=memory_format(x))
     with torch.cuda.device_of(x):
-        launch.affine_forward(x, scale, shift, out, relu)()
+        launch.affine_forward(x, scale.contiguous(), shift.contiguous(), out, relu)()
     return out
 
 
@@ -382,6 +434,14 @@ def _save_affine(ctx, inputs, output) -> None:
 
 def _affine_backward(ctx, grad):
     x, scale, shift = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        with torch.enable_grad():
+            out = reference.affine(x, scale, shift)
+            out = F.relu(out) if ctx.relu else out
+            wanted = [i for i in range(3) if ctx.needs_input_grad[i]]
+            found = torch.autograd.grad(out, [(x, scale, shift)[i] for i in wanted], grad, create_graph=True)
+        grads = dict(zip(wanted, found, strict=True))
+        return grads.get(0), grads.get(1), grads.get(2), None
     grad = grad.contiguous(memory_format=memory_format(x))
     grad_x, grad_scale, grad_shift = torch.ops.mixpool.affine_relu_backward(grad, x, scale, shift, ctx.relu)
     return grad_x, grad_scale, grad_shift, None
@@ -398,7 +458,7 @@ def _affine_relu_backward(
 
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
     with torch.cuda.device_of(x):
-        call, sums = launch.affine_backward(x, scale, shift, grad_out, grad_x, relu)
+        call, sums = launch.affine_backward(x, scale.contiguous(), shift.contiguous(), grad_out, grad_x, relu)
         call()
         grad_scale, grad_shift = sums.sum(0)
     return grad_x, grad_scale.clone(), grad_shift.clone()
@@ -406,4 +466,8 @@ def _affine_relu_backward(
 
 @_affine_relu_backward.register_fake
 def _(grad_out, x, scale, shift, relu):
-    return torch.empty_like(x, memory_format=memory_format(x)), torch.empty_like(scale), torch.empty_like(shift)
+    return (
+        torch.empty_like(x, memory_format=memory_format(x)),
+        scale.new_empty(scale.shape),
+        shift.new_empty(shift.shape),
+    )

@@ -24,6 +24,7 @@ from mixpool.fused.packing import load_slices, split_column
 from mixpool.fused.patches import load_patch
 
 NAN = tl.constexpr(tl.PropagateNan.ALL)
+SMALLEST = tl.constexpr(2.0**-126)  # rsqrt takes smaller numbers for 0
 
 
 @triton.jit
@@ -335,7 +336,7 @@ def backward(
         element = (2 * STRIDE * q + START) * X_W
         patch = (image * X_N + element)[:, None]
         # Far left of the image: the halo's pixels are 0. (A product, whose divisibility the compiler can see.)
-        element -= (1 - is_own.to(tl.int32)) * 1048576
+        element -= (1 - is_own.to(tl.int32)) * 1073741824
 
         for i in tl.range(0, 2 * tl.minimum(STRIP, END_P - p0), num_stages=STAGES):
             p = p0 + i // 2
@@ -394,7 +395,7 @@ def backward(
                 re, im = tl.split(tl.reshape(products, (BLOCK, GROUP // 4, 2, 4, 2)))
                 energy = re * re + im * im
                 of_modulus = tl.reshape(tl.join(center, right), (BLOCK, GROUP // 4, 4, 2))
-                ratio = tl.permute(of_modulus, (0, 1, 3, 2)) * tl.where(energy > 0, tl.rsqrt(energy), 0.0)
+                ratio = tl.permute(of_modulus, (0, 1, 3, 2)) * tl.where(energy >= SMALLEST, tl.rsqrt(energy), 0.0)
                 factor = tl.reshape(tl.join(ratio, ratio), (BLOCK, N_COLUMNS))
                 if WITH_SUMS:
                     factor += tl.load(slope)[None, :]
