@@ -19,6 +19,7 @@ from mixpool.reference import Channels, ConvGeometry, Pair, PoolGeometry
 
 IMAGES = 2  # so that a wrong step from image to image shows
 SIZE = (64, 64)  # of the images where the true size may be a symbol
+MAX_SIZES = 8  # of images per case: the size is a constant to the kernels, so that each is a compilation
 TOLERANCE = 0.05  # of the largest value: finds wrong code, not rounding
 
 
@@ -61,6 +62,8 @@ _reasons: dict[Case, str | None] = {}
 def failure_of_trial(case: Case) -> str | None:
     """Why the fused path failed on random images of this case, or None; tried on the first call, which warms it up."""
     if case not in _reasons:
+        if sum(other._replace(size=case.size) == case for other in _reasons) >= MAX_SIZES:
+            return f"it was compiled for {MAX_SIZES} sizes of images already, and compiles for each anew"
         if _is_capturing(case.device):  # not remembered: the next call may come outside
             return "the first call came inside the capture of a CUDA graph: call the stem once before"
         try:

@@ -29,7 +29,7 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what mixpool allocates with NaN, so that an output that is not written cannot pass."""
+    """Fill what mixpool allocates with NaN (integers with 99), so that an output that is not written cannot pass."""
 
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
@@ -37,9 +37,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             if torch.compiler.is_compiling():
                 return out
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.split(".")[0] == "mixpool" and isinstance(out, Tensor) and out.is_floating_point():
+            if caller.split(".")[0] == "mixpool" and isinstance(out, Tensor) and out.dtype != torch.bool:
                 with torch.no_grad():
-                    out.fill_(float("nan"))
+                    out.fill_(float("nan") if out.is_floating_point() or out.is_complex() else 99)
             return out
 
         return wrapper

@@ -1,13 +1,15 @@
-"""Compile the fused kernels for a GPU that is not there, and say what they take; run as a script, it prints JSON lines.
+"""Compile the fused kernels for a GPU that is not there, and print what they take: a line of JSON for each kernel.
 
-    python tests/offline_compile.py --arch 90 --dtype bfloat16 [--stem resnet] [--layout channels_last]
+    python tests/offline_compile.py --arch 80 90 --stem resnet alexnet --dtype bfloat16 --layout channels_last NCHW
 
-In a process of its own: one that interprets Triton (TRITON_INTERPRET=1, as the tests do) cannot compile.
+About a second per kernel. In a process of its own: where Triton interprets (TRITON_INTERPRET=1, as in the tests), it
+cannot compile.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -18,6 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+# Bytes of shared memory that a block can have. CUDA C++ Programming Guide, Compute Capabilities, Technical
+# Specifications: "Maximum amount of shared memory per thread block".
+SHARED_MEMORY = {arch: kib * 1024 for arch, kib in {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}.items()}
 
 STEMS = {  # kernel, stride, padding, pool padding, ceil_mode
     "resnet": (7, 2, 3, 1, False),
@@ -27,58 +34,8 @@ STEMS = {  # kernel, stride, padding, pool padding, ceil_mode
     "cifar": (5, 1, 2, 1, False),
 }
 KINDS = ("max", "modulus1", "modulus3")
-
-
-def calls(stem: str, dtype: torch.dtype, layout: str, n_channels: int, input_dtype: torch.dtype) -> Iterator[tuple]:
-    """(name, call) of every kernel that a stem launches, made from tensors without storage."""
-    from mixpool.fused import launch
-    from mixpool.fused.geometry import StemGeometry
-
-    geometry = StemGeometry(*STEMS[stem], 3, 224, 224)
-    as_layout = {"memory_format": torch.channels_last if layout == "channels_last" else torch.contiguous_format}
-
-    def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta", **(as_layout if len(size) == 4 else {}))
-
-    x = empty(256, 3, 224, 224, dtype=input_dtype)
-    out = empty(256, 2 * n_channels, *geometry.pooled_size, dtype=dtype)
-    channels = empty(n_channels, dtype=torch.int64)
-    vector, moments = empty(2 * n_channels), empty(2, 2 * n_channels)
-    weight, imag = torch.empty(2 * n_channels, 3, 7, 7), torch.empty(n_channels, 3, 7, 7)
-    for kind in KINDS:
-        matrix = launch.Matrix.of(kind, geometry, n_channels, dtype, "inference")
-        packed = empty(matrix.groups, matrix.depth, matrix.columns, dtype=dtype)
-        argmax = empty(256, n_channels, *geometry.pooled_size, dtype=torch.int8) if kind == "max" else None
-        yield f"pack {kind}", launch.pack(matrix, geometry, x, weight, imag, channels, packed)
-        arguments = (matrix, geometry, x, packed, channels, out)
-        yield (
-            f"{kind} forward, inference",
-            launch.forward(*arguments, scale=vector, shift=vector, relu=True)[0],
-        )
-        matrix = launch.Matrix.of(kind, geometry, n_channels, dtype, "training")
-        packed = empty(matrix.groups, matrix.depth, matrix.columns, dtype=dtype)
-        arguments = (matrix, geometry, x, packed, channels, out)
-        call, sums = launch.forward(*arguments, argmax=argmax, with_sums=True)
-        yield f"{kind} forward, statistics", call
-        yield f"{kind} forward, training", launch.forward(*arguments, argmax=argmax)[0]
-        yield f"{kind} statistics", launch.finish_moments(kind, sums, channels, moments, 10**6)
-
-        matrix = launch.Matrix.of(kind, geometry, n_channels, dtype, "backward")
-        packed = empty(matrix.groups, matrix.depth, matrix.columns, dtype=dtype)
-        arguments = (matrix, geometry, x, packed, channels, out)
-        yield f"{kind} spread", launch.spread_moments(matrix, moments, moments, channels, 10**6)[0]
-        for name, options in {
-            "": {},
-            ", statistics": {"coefficients": vector},
-            ", images too": {"coefficients": vector, "grad_conv": out},
-        }.items():
-            call, partial = launch.backward(*arguments, argmax=argmax, **options)
-            yield f"{kind} backward{name}", call
-        yield f"unpack {kind}", launch.unpack(matrix, geometry, x, partial[0], channels, weight, imag)
-    yield "affine forward", launch.affine_forward(out, vector, vector, out, True)
-    yield "affine backward", launch.affine_backward(out, vector, vector, out, out, True)[0]
-
-
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -86,6 +43,71 @@ POINTERS = {
     torch.int8: "*i8",
     torch.int64: "*i64",
 }
+
+
+def calls(
+    stem: str,
+    dtype: torch.dtype,
+    input_dtype: torch.dtype,
+    layout: str,
+    n_channels: int,
+    shared_memory: int,
+    replaced: dict[str, int],
+) -> Iterator[tuple]:
+    """(name, call, blocks or None) of the kernels that a stem of 2 n_channels launches, from tensors without storage.
+
+    `replaced` are fields of the blocks that are not to be those of mixpool.fused.blocks.
+    """
+    from mixpool.fused import launch
+    from mixpool.fused.geometry import StemGeometry, padded_places
+
+    geometry = StemGeometry(*STEMS[stem], 3, 224, 224)
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        memory_format = LAYOUTS[layout] if len(size) == 4 else torch.contiguous_format
+        return torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format)
+
+    def matrix_of(kind: str, purpose: str) -> tuple[launch.Matrix, Tensor]:
+        matrix = launch.Matrix.of(kind, geometry, n_channels, dtype, purpose, shared_memory)
+        if replaced:
+            blocks = matrix.blocks._replace(**replaced)
+            matrix = launch.Matrix.cut(kind, blocks, n_channels, geometry.depth(kind))
+        return matrix, empty(matrix.groups, matrix.depth, matrix.columns, dtype=dtype)
+
+    x = empty(256, 3, 224, 224, dtype=input_dtype)
+    out = empty(256, 2 * n_channels, *geometry.pooled_size, dtype=dtype)
+    channels = empty(n_channels, dtype=torch.int64)
+    vector, moments = empty(2 * n_channels), empty(2, 2 * n_channels)
+    weight, imag = (empty(n, 3, *[geometry.kernel_size] * 2) for n in (2 * n_channels, n_channels))
+    for kind in KINDS:
+        matrix, packed = matrix_of(kind, "inference")
+        yield f"pack {kind}", launch.pack(matrix, geometry, x, weight, imag, channels, packed), None
+        call, _ = launch.forward(matrix, geometry, x, packed, channels, out, scale=vector, shift=vector, relu=True)
+        yield f"{kind} forward, inference", call, matrix.blocks
+
+        matrix, packed = matrix_of(kind, "training")
+        argmax = (
+            empty(256, padded_places(n_channels), *geometry.pooled_size, dtype=torch.int8) if kind == "max" else None
+        )
+        arguments = (matrix, geometry, x, packed, channels, out)
+        call, sums = launch.forward(*arguments, argmax=argmax, pivot=vector, with_sums=True)
+        yield f"{kind} forward, statistics", call, matrix.blocks
+        yield f"{kind} forward, training", launch.forward(*arguments, argmax=argmax)[0], matrix.blocks
+        yield f"{kind} statistics", launch.finish_moments(kind, sums, channels, vector, moments, 10**6), None
+
+        matrix, packed = matrix_of(kind, "backward")
+        arguments = (matrix, geometry, x, packed, channels, out)
+        yield f"{kind} spread", launch.spread_moments(matrix, moments, moments, channels, 10**6)[0], None
+        for name, options in {
+            "": {},
+            ", statistics": {"coefficients": vector},
+            ", images too": {"coefficients": vector, "grad_conv": out},
+        }.items():
+            call, partial = launch.backward(*arguments, argmax=argmax, **options)
+            yield f"{kind} backward{name}", call, matrix.blocks
+        yield f"unpack {kind}", launch.unpack(matrix, geometry, x, partial[0], channels, weight, imag), None
+    yield "affine forward", launch.affine_forward(out, vector, vector, out, True), None
+    yield "affine backward", launch.affine_backward(out, vector, vector, out, out, True)[0], None
 
 
 def compile_call(call, arch: int):
@@ -96,20 +118,20 @@ def compile_call(call, arch: int):
 
     signature, constants, hints = {}, {}, {}
     for index, parameter in enumerate(call.kernel.params):
-        value = call.arguments[parameter.name]
+        value, name = call.arguments[parameter.name], parameter.name
         if parameter.is_constexpr:
-            signature[parameter.name], constants[(index,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
             hints[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int) and value == 1:
-            signature[parameter.name], constants[(index,)] = "constexpr", 1
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32"
-            if value % 16 == 0:
-                hints[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[name], constants[(index,)] = "constexpr", 1
         else:
-            signature[parameter.name] = "fp32"
+            signature[name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                hints[(index,)] = [["tt.divisibility", 16]]
     assert set(call.arguments) == set(signature), set(call.arguments) ^ set(signature)
     source = ASTSource(fn=call.kernel, signature=signature, constexprs=constants, attrs=hints)
     options = {"num_warps": call.num_warps, "num_stages": 1}
@@ -121,9 +143,10 @@ def resources(compiled, arch: int) -> dict[str, int]:
     from triton import knobs
 
     assembler = (knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas).path
+    text = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(compiled.asm["ptx"])
+        ptx.write_text(text)
         name = f"sm_{arch}" + ("a" if arch >= 90 else "")
         log = subprocess.run(
             [assembler, "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder) / "kernel.cubin")],
@@ -135,38 +158,47 @@ def resources(compiled, arch: int) -> dict[str, int]:
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
         "spilled": int(re.search(r"(\d+) bytes spill stores", log)[1]),
         "shared": compiled.metadata.shared,
-        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
-        "mma": len(re.findall(r"mma\.sync|tcgen05\.mma", compiled.asm["ptx"])),
-        "conversions": compiled.asm["ttgir"].count("ttg.convert_layout"),
+        "wgmma": text.count("wgmma.mma_async"),
+        "mma.sync": text.count("mma.sync"),
+        "tcgen05": text.count("tcgen05.mma"),
         "serialized": int("wgmma" in log and "serializ" in log),
     }
 
 
+def field(text: str) -> tuple[str, int]:
+    """("rows", 128) of "rows=128"."""
+    name, value = text.split("=")
+    return name, int(value)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[90])
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
-    parser.add_argument("--input-dtype", help="of the images; default that of the products")
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=SHARED_MEMORY, help="90 is sm_90")
+    parser.add_argument(
+        "--dtype", nargs="+", default=["bfloat16"], choices=DTYPES, help="of the products; float32 is TF32"
+    )
+    parser.add_argument("--input-dtype", choices=DTYPES, help="of the images, if not that of the products")
     parser.add_argument("--stem", nargs="+", default=["resnet"], choices=STEMS)
-    parser.add_argument("--layout", nargs="+", default=["channels_last"])
-    parser.add_argument("--channels", type=int, nargs="+", default=[64])
-    parser.add_argument("--only", default="", help="a part of the kernels' names")
-    arguments = parser.parse_args()
-    for arch in arguments.arch:
-        for dtype in arguments.dtype:
-            for stem in arguments.stem:
-                for layout in arguments.layout:
-                    for n in arguments.channels:
-                        kind = getattr(torch, dtype)
-                        input_dtype = getattr(torch, arguments.input_dtype) if arguments.input_dtype else kind
-                        for name, call in calls(stem, kind, layout, n, input_dtype):
-                            if arguments.only not in name:
-                                continue
-                            where = {"arch": arch, "dtype": dtype, "stem": stem, "layout": layout, "channels": n}
-                            found = resources(compile_call(call, arch), arch)
-                            print(json.dumps({"kernel": name, **where, **found}), flush=True)
+    parser.add_argument("--layout", nargs="+", default=["channels_last"], choices=LAYOUTS)
+    parser.add_argument("--channels", type=int, nargs="+", default=[64], help="of a kind")
+    parser.add_argument("--only", default="", help="a regular expression that the kernels' names contain")
+    parser.add_argument("--blocks", type=field, nargs="+", default=[], metavar="FIELD=N", help="instead of the table's")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("unset TRITON_INTERPRET: where Triton interprets, it cannot compile")
+    for case in itertools.product(options.arch, options.dtype, options.stem, options.layout, options.channels):
+        arch, dtype, stem, layout, n_channels = case
+        where = dict(zip(("arch", "dtype", "stem", "layout", "channels"), case, strict=True))
+        dtypes = (DTYPES[dtype], DTYPES[options.input_dtype or dtype])
+        kernels = calls(stem, *dtypes, layout, n_channels, SHARED_MEMORY[arch], dict(options.blocks))
+        for name, call, blocks in kernels:
+            if re.search(options.only, name):
+                found = resources(compile_call(call, arch), arch)
+                blocks = {} if blocks is None else {"blocks": blocks._asdict()}
+                print(json.dumps({"kernel": name, **where, **found, **blocks}), flush=True)
 
 
 if __name__ == "__main__":
-    assert os.environ.get("TRITON_INTERPRET", "0") != "1", "unset TRITON_INTERPRET: an interpreter cannot compile"
     sys.exit(main())

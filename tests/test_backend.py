@@ -383,6 +383,17 @@ def test_auto_tries_once_and_then_takes_the_fused_path(measured, calls, training
     assert len(calls) == 5
 
 
+def test_many_sizes_of_images_are_the_references(measured, calls, monkeypatch):
+    monkeypatch.setattr(trial, "MAX_SIZES", 2)
+    stem = make_stem().eval().requires_grad_(False)
+    for width in (10, 11, 12, 13):
+        stem(images(2, 3, 9, width))
+    assert "2 sizes" in mixpool.why_not_fused(stem, images(2, 3, 9, 12))
+    assert mixpool.why_not_fused(stem, images(2, 3, 9, 11)) is None
+    assert len(calls) == 4, "two trials and two passes"
+    assert len(trial._reasons) == 2
+
+
 FAULTS = {
     "raises": (lambda out: 1 / 0, "a trial of it failed (ZeroDivisionError: division by zero)"),
     "wrong": (lambda out: (out[0] * 1.1, out[1]), "a trial of it gave wrong numbers (relative error 0.1"),
@@ -625,6 +636,21 @@ def test_stems_agree(options, training, calls):
     assert len(calls) == 2 and (calls[-1].get("scale") is None) == (training and stem.bn is not None)
     for name, buffer in stem.named_buffers():
         assert_close(name, buffer.float(), other.get_buffer(name).float(), CLOSE)
+
+
+@pytest.mark.parametrize("options", ({"norm": False, "bias": True}, {}), ids=("tied without norm", "batch norm"))
+def test_a_gradient_of_the_gradient(options):
+    """create_graph=True: V is a function of W, the shift of the scale; neither counts twice, in any order."""
+    results, x = [], images().requires_grad_()
+    for name in ("fused", "reference"):
+        stem = make_stem(**options).train()
+        stem.backend = name
+        inputs = [x, *stem.parameters()]
+        grads = torch.autograd.grad(stem(x).square().sum(), inputs, create_graph=True)
+        results.append((*grads, *torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)))
+    for i, (actual, expected) in enumerate(zip(*results)):
+        size = expected.abs().max().clamp(min=1.0)
+        assert_close(f"{i}", actual / size, expected / size, CLOSE)
 
 
 def test_half_precision_agrees():

@@ -76,8 +76,8 @@ def forward(
     is_channel = channel < n_channels
     out_channel = channel if IDENTITY else tl.load(channels + channel, mask=is_channel, other=0).to(tl.int32)
     if AFFINE:
-        gain = tl.load(scale + out_channel)[None, :]
-        offset = tl.load(shift + out_channel)[None, :]
+        gain = tl.load(scale + out_channel, mask=is_channel, other=0.0)[None, :]
+        offset = tl.load(shift + out_channel, mask=is_channel, other=0.0)[None, :]
     if WITH_SUMS:
         sum_2 = tl.zeros((BLOCK, GROUP), tl.float32)
     filters = load_slices(packed, group, DEPTH, N_COLUMNS, BLOCK_K)
@@ -207,7 +207,7 @@ def backward(
         ratio = of_modulus * tl.where(energy >= SMALLEST, tl.rsqrt(energy), 0.0)
         factor = tl.reshape(tl.join(ratio, ratio), (BLOCK, N_COLUMNS))
         if WITH_SUMS:
-            factor += tl.load(slope)[None, :]  # not to be kept in registers
+            factor += tl.load(slope)[None, :]
         grad = tl.where(is_position, factor * products, 0.0).to(packed.dtype.element_ty)
 
         if WITH_CONV:

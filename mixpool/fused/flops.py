@@ -13,7 +13,8 @@ from mixpool.fused.geometry import StemGeometry
 def register_formulas() -> None:
     """Teach PyTorch's counter the operators, if it is there: it imports triton, which nobody needs who does not count.
 
-    A counter that runs already gets them too; it took its copy of the table when it was made.
+    A counter that runs already gets them too; it took its copy of the table when it was made. (Looks into private parts
+    of torch, tried with 2.14; where they are not as expected, such a counter counts 0 for these operators.)
     """
     if torch.compiler.is_compiling() or "torch.utils.flop_counter" not in sys.modules:
         return

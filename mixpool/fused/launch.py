@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixpool.fused import affine, centers, moments, packing, windows
-from mixpool.fused.blocks import Blocks, blocks_for
+from mixpool.fused.blocks import SMALLEST_SHARED_MEMORY, Blocks, blocks_for
 from mixpool.fused.geometry import COLUMNS, StemGeometry, is_channels_last
 
 
@@ -32,16 +32,28 @@ class Matrix(NamedTuple):
     blocks: Blocks
     n_channels: int
     groups: int
-    depth: int  # padded to whole slices
+    depth: int  # padded
 
     @classmethod
-    def of(cls, kind: str, geometry: StemGeometry, n_channels: int, dtype: torch.dtype, purpose: str) -> Matrix:
-        """`purpose` is one of "inference", "training" (forward) and "backward"."""
-        blocks = blocks_for(kind, purpose, n_channels, geometry.depth(kind), dtype.itemsize)
-        slices = -(-geometry.depth(kind) // blocks.slice)
-        if purpose == "backward":
-            slices = -(-slices // blocks.chunk) * blocks.chunk
-        return cls(kind, blocks, n_channels, -(-n_channels // blocks.group), slices * blocks.slice)
+    def of(
+        cls,
+        kind: str,
+        geometry: StemGeometry,
+        n_channels: int,
+        dtype: torch.dtype,
+        purpose: str,
+        shared_memory: int | None = None,
+    ) -> Matrix:
+        """`purpose` is one of "inference", "training" (forward) and "backward"; bytes are the device's if not given."""
+        limit = shared_memory_of_device() if shared_memory is None else shared_memory
+        depth = geometry.depth(kind)
+        return cls.cut(kind, blocks_for(kind, purpose, n_channels, depth, dtype.itemsize, limit), n_channels, depth)
+
+    @classmethod
+    def cut(cls, kind: str, blocks: Blocks, n_channels: int, depth: int) -> Matrix:
+        """With given blocks; the depth is padded to whole chunks of slices (1 slice each in forward passes)."""
+        step = blocks.slice * blocks.chunk
+        return cls(kind, blocks, n_channels, -(-n_channels // blocks.group), -(-depth // step) * step)
 
     @property
     def columns(self) -> int:
@@ -59,6 +71,13 @@ class Matrix(NamedTuple):
             "DEPTH": self.depth,
             "BLOCK_K": self.blocks.slice,
         }
+
+
+def shared_memory_of_device() -> int:
+    """Bytes of shared memory that a program can have on the current GPU; the least of all where there is none."""
+    if not torch.cuda.is_available():
+        return SMALLEST_SHARED_MEMORY
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -159,9 +178,13 @@ def forward(
     shift: Tensor | None = None,
     relu: bool = False,
     argmax: Tensor | None = None,
+    pivot: Tensor | None = None,
     with_sums: bool = False,
 ) -> tuple[Call, Tensor | None]:
-    """The call that fills `out` (and `argmax`) at `channels`, and the sums it will fill, (programs, 2, width)."""
+    """The call that fills `out` (and `argmax`) at `channels`, and the sums it will fill, (programs, 2, width).
+
+    `pivot` is (C_out,); for the kind "max" sums are taken about it.
+    """
     blocks, kind, n_images = matrix.blocks, matrix.kind, x.shape[0]
     width = matrix.groups * blocks.group
     arguments = {
@@ -202,6 +225,7 @@ def forward(
     places = x if argmax is None else argmax
     arguments |= {
         "argmax": places,
+        "pivot": x if pivot is None else pivot,
         "sums": x if sums is None else sums,
         "n_columns": walk.n_columns,
         **strides("ARGMAX", places),
@@ -211,11 +235,12 @@ def forward(
     return Call(windows.forward, (walk.tiles * matrix.groups, walk.strips), arguments, blocks.num_warps), sums
 
 
-def finish_moments(kind: str, sums: Tensor, channels: Tensor, out: Tensor, count: int) -> Call:
-    """Writes `out`, (2, C_out), at `channels`."""
+def finish_moments(kind: str, sums: Tensor, channels: Tensor, pivot: Tensor | None, out: Tensor, count: int) -> Call:
+    """Writes `out`, (2, C_out), at `channels`; `pivot` is what the sums of the kind "max" were taken about."""
     arguments = {
         "sums": sums,
         "channels": channels,
+        "pivot": sums if pivot is None else pivot,
         "moments": out,
         "n_programs": sums.shape[0],
         "width": sums.shape[2],
@@ -262,6 +287,8 @@ def backward(
 ) -> tuple[Call, Tensor | None]:
     """The call that fills `grad_conv`, and partial sums of the gradient of the matrix, which it returns too."""
     blocks, kind, n_images = matrix.blocks, matrix.kind, x.shape[0]
+    if argmax is not None and argmax.shape[1] < matrix.groups * blocks.group:
+        raise ValueError(f"expected places of {matrix.groups * blocks.group} channels, got {argmax.shape[1]}")
     chunks = matrix.slices // blocks.chunk if with_weight else 1
     if kind == "modulus1":
         n_positions = n_images * grad_out.shape[2] * grad_out.shape[3]

@@ -2,8 +2,8 @@
 
     max       mean and biased variance of y;      modulus  mean 0 and mean(|z|^2) / 2
 
-The partial sums are float32 and are added up in float64. Taken about 0, they lose (mean / std)^2 of their precision; a
-bfloat16 map loses ten times as much when it is rounded before statistics are taken.
+The partial sums are float32 and are added up in float64. Those of y and y^2 are taken about a pivot, since about 0 they
+would lose (mean / std)^2 of their precision.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mixpool.fused.packing import split_column
 def finish(
     sums,  # (programs, 2, width)
     channels,  # (n,)
+    pivot,  # (C_out,) what the sums of "max" were taken about
     moments,  # (2, C_out), written at `channels`
     n_programs,
     width,
@@ -37,14 +38,15 @@ def finish(
         sum_1 += tl.load(source, mask=inside, other=0.0).to(tl.float64)
         sum_2 += tl.load(source + width, mask=inside, other=0.0).to(tl.float64)
     positions = count.to(tl.float64)
+    out_channel = tl.load(channels + channel)
     if KIND == "max":
         mean = tl.sum(sum_1, 0) / positions
         var = tl.sum(sum_2, 0) / positions - mean * mean
         var = tl.where(var < 0, 0.0, var)  # a NaN stays
+        mean += tl.load(pivot + out_channel).to(tl.float64)
     else:
         mean = tl.sum(sum_1, 0) * 0
         var = tl.sum(sum_2, 0) / positions * 0.5
-    out_channel = tl.load(channels + channel)
     tl.store(moments + out_channel, mean.to(tl.float32))
     tl.store(moments + n_out_channels + out_channel, var.to(tl.float32))
 

@@ -9,7 +9,9 @@ and the bytes of the max channels; re and im are computed again.
 
 Every kernel is deterministic. Differentiating twice goes through the reference; `backend` sends calls there that need
 more (functorch, forward mode), and asks whether a call can run here at all. A pixel that is not finite reaches a window
-further than in the reference: a patch has taps of weight 0 beside the filter, and 0 * NaN is NaN.
+further than in the reference: a patch has taps of weight 0 beside the filter, and 0 * NaN is NaN. Moduli are exact
+between 1e-19 and 1e19, whose squares float32 holds. An epilogue comes before the one rounding of the output; with
+gradients the pooled map is rounded first, so both passes may differ by a unit in the last place.
 """
 
 from __future__ import annotations
@@ -123,6 +125,7 @@ def _convolve_and_pool(
             matrix = launch.Matrix.of(kind, geometry, len(channels), dtype, purpose)
             packed = x.new_empty((matrix.groups, matrix.depth, matrix.columns), dtype=dtype)
             launch.pack(matrix, geometry, x, weight, imag, channels, packed)()
+            pivot = _typical_values(x, weight) if with_moments and kind == "max" else None
             call, sums = launch.forward(
                 matrix,
                 geometry,
@@ -134,12 +137,13 @@ def _convolve_and_pool(
                 shift=shift,
                 relu=relu,
                 argmax=argmax if kind == "max" and with_argmax else None,
+                pivot=pivot,
                 with_sums=with_moments,
             )
             call()
             if with_moments:
                 count = x.shape[0] * geometry.positions(kind)
-                launch.finish_moments(kind, sums, channels, moments, count)()
+                launch.finish_moments(kind, sums, channels, pivot, moments, count)()
     return pooled, argmax, moments
 
 
@@ -182,6 +186,14 @@ def _outputs(x, weight, max_index, geometry, with_moments, with_argmax, dtype) -
 
 def _geometry(x: Tensor, weight: Tensor, stride, padding, pool_padding, ceil_mode) -> StemGeometry:
     return StemGeometry(weight.shape[-1], stride, padding, pool_padding, ceil_mode, *x.shape[1:])
+
+
+def _typical_values(x: Tensor, weight: Tensor) -> Tensor:
+    """(C_out,) float32: the convolution of an image of one colour, the mean of the first one.
+
+    Sums about them keep their precision on images that vary little about a large mean.
+    """
+    return weight.float().sum((2, 3)) @ x[0].float().mean((1, 2))
 
 
 def _both_vectors(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -251,12 +263,17 @@ def _backward(ctx, grad_pooled, _, grad_moments):
     return tuple(grads)
 
 
+def _aliases(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+
+
 def _backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments) -> tuple[Tensor | None, ...]:
     """The same gradients by plain PyTorch, differentiable again; it keeps what the kernels do not."""
     stride, padding, pool_padding, ceil_mode, blur = ctx.geometry
-    x, weight, weight_imag, max_index, modulus_index = tensors
-    channels = Channels(max_index, modulus_index)
+    channels = Channels(*tensors[3:])
     with torch.enable_grad():
+        # Aliases: V may be a function of W, whose gradient must not pass through V here and once more outside.
+        x, weight, weight_imag, scale, shift = _aliases(*tensors[:3], scale, shift)
         parts = reference.convolve_and_pool(
             x.to(ctx.dtype),
             weight.to(ctx.dtype),
@@ -436,6 +453,7 @@ def _affine_backward(ctx, grad):
     x, scale, shift = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
         with torch.enable_grad():
+            x, scale, shift = _aliases(x, scale, shift)
             out = reference.affine(x, scale, shift)
             out = F.relu(out) if ctx.relu else out
             wanted = [i for i in range(3) if ctx.needs_input_grad[i]]

@@ -11,6 +11,9 @@ in it, centre and right; the third of the window, left, is the neighbour's right
 For the backward pass nothing of the map is kept but a maximum's place in its window, in a byte. Weight gradients are
 partial sums per program, added up afterwards: no atomics, the same bits every time.
 
+Where the pixels of a patch lie does not depend on the row, so the compiler would compute it once for the whole walk and
+keep it, in some hundred registers. To `unknown`, a zero that it cannot see through, it has to be added in every row.
+
 Legend: rows of a tile are columns of cells, flattened over images: (n, q). Row i of the walk is the convolution's row
 2 p0 - pad + i: top row of the first window, then centre and bottom of each, a bottom row being the next one's top.
 """
@@ -35,6 +38,12 @@ def energies(products, ROWS: tl.constexpr, C: tl.constexpr):
     return tl.split(tl.reshape(energy, (ROWS, C, 2)))
 
 
+@triton.jit
+def pair_sums(values, ROWS: tl.constexpr, C: tl.constexpr):
+    """(ROWS / 16, 8, C): sums of rows that lie 8 apart, which one thread holds after a matrix product."""
+    return tl.sum(tl.reshape(values, (ROWS // 16, 2, 8, C)), 1)
+
+
 @triton.jit(do_not_specialize=["n_columns"])  # the batch size compiles nothing anew
 def forward(
     x,  # (N, C_in, H, W)
@@ -44,6 +53,7 @@ def forward(
     shift,
     out,  # (N, C_out, P, Q); the kind's channels are written
     argmax,  # (N, n rounded up, P, Q) int8: 3 row + column of the maximum in its window, the first one in that order
+    pivot,  # (C_out,) about which sums of y are taken
     sums,  # (programs, 2, groups * GROUP): sums of y and y^2 (of nothing and |z|^2) over the cells of the program
     n_channels,
     n_columns,  # images times CELLS_Q
@@ -99,8 +109,8 @@ def forward(
     is_channel = channel < n_channels
     out_channel = channel if IDENTITY else tl.load(channels + channel, mask=is_channel, other=0).to(tl.int32)
     if AFFINE:
-        gain = tl.load(scale + out_channel)[None, :]
-        offset = tl.load(shift + out_channel)[None, :]
+        gain = tl.load(scale + out_channel, mask=is_channel, other=0.0)[None, :]
+        offset = tl.load(shift + out_channel, mask=is_channel, other=0.0)[None, :]
     filters = load_slices(packed, group, DEPTH, N_COLUMNS, BLOCK_K)
 
     lane = tl.arange(0, BLOCK)
@@ -122,22 +132,24 @@ def forward(
     EMPTY = float("-inf") if KIND == "max" else 0.0
     carry_center = tl.full((BLOCK, GROUP), EMPTY, tl.float32)
     carry_right = tl.full((BLOCK, GROUP), EMPTY, tl.float32)
-    if WITH_ARGMAX:  # row of the carried maximum in its window
-        row_center = tl.zeros((BLOCK, GROUP), tl.int32)
-        row_right = tl.zeros((BLOCK, GROUP), tl.int32)
+    if WITH_ARGMAX:  # rows of the carried maxima in their window: that of the centre + 4 times that of the right
+        rows = tl.zeros((BLOCK, GROUP), tl.int32)
     if WITH_SUMS:
-        sum_1 = tl.zeros((BLOCK, GROUP), tl.float32)
-        sum_2 = tl.zeros((BLOCK, GROUP), tl.float32)
+        sum_1 = tl.zeros((BLOCK // 16, 8, GROUP), tl.float32)
+        sum_2 = tl.zeros((BLOCK // 16, 8, GROUP), tl.float32)
+        middle = tl.load(pivot + out_channel, mask=is_channel, other=0.0)[None, :] if KIND == "max" else 0.0
 
     p0 = FIRST_P + tl.program_id(1) * STRIP
     for i in tl.range(0, 1 + 2 * tl.minimum(STRIP, END_P - p0), num_stages=STAGES):
         row = 2 * p0 - POOL_PADDING + i
         row_inside = (row >= 0) & (row < CONV_H)
         line = STRIDE * row - PADDING
+        unknown = (i - n_columns > 1048576).to(tl.int32)  # 0
+        first = (element + 16 * unknown)[:, None]
         products = tl.zeros((BLOCK, N_COLUMNS), tl.float32)
         for s in tl.static_range(DEPTH // BLOCK_K):
             pixels = load_patch(
-                x, patch + line * X_H, element[:, None], line, s, X_C, X_H, X_W, H, W, C_IN, KERNEL, TAPS, BLOCK_K
+                x, patch + line * X_H, first, line, s + unknown, X_C, X_H, X_W, H, W, C_IN, KERNEL, TAPS, BLOCK_K
             )
             products = tl.dot(pixels.to(packed.dtype.element_ty), filters[s], products, input_precision=PRECISION)
         if KIND == "max":
@@ -147,21 +159,22 @@ def forward(
 
         if WITH_SUMS:  # the top row of the walk belongs to the cells above
             counts = is_own[:, None] & row_inside & (i > 0)
-            center_counted = tl.where(counts & center_inside, center, 0.0)
-            right_counted = tl.where(counts & right_inside, right, 0.0)
+            center_counted = tl.where(counts & center_inside, center - middle, 0.0)
+            right_counted = tl.where(counts & right_inside, right - middle, 0.0)
             if KIND == "max":
-                sum_1 += center_counted + right_counted
-                sum_2 += center_counted * center_counted + right_counted * right_counted
+                sum_1 += pair_sums(center_counted + right_counted, BLOCK, GROUP)
+                sum_2 += pair_sums(center_counted * center_counted + right_counted * right_counted, BLOCK, GROUP)
             else:
-                sum_2 += center_counted + right_counted
+                sum_2 += pair_sums(center_counted + right_counted, BLOCK, GROUP)
 
         is_bottom = i % 2 == 0
         if KIND == "max":
             center = tl.where(row_inside, center, EMPTY)
             right = tl.where(row_inside, right, EMPTY)
             if WITH_ARGMAX:
-                row_center = tl.where(center > carry_center, tl.where(is_bottom, 2, 1), row_center)
-                row_right = tl.where(right > carry_right, tl.where(is_bottom, 2, 1), row_right)
+                this_row = tl.where(is_bottom, 2, 1)
+                rows = tl.where(center > carry_center, (rows & 12) | this_row, rows)
+                rows = tl.where(right > carry_right, (rows & 3) | (4 * this_row), rows)
             carry_center = tl.maximum(carry_center, center, propagate_nan=NAN)
             carry_right = tl.maximum(carry_right, right, propagate_nan=NAN)
         else:
@@ -180,11 +193,11 @@ def forward(
                 if KIND == "max":
                     pooled = tl.maximum(carry_left, at_center, propagate_nan=NAN)
                     if WITH_ARGMAX:
-                        place = 3 * tl.gather(row_right, left_lane, 0)
-                        other = 3 * row_center + 1
+                        place = 3 * (tl.gather(rows, left_lane, 0) >> 2)
+                        other = 3 * (rows & 3) + 1
                         is_other = (at_center > carry_left) | ((at_center == carry_left) & (other < place))
                         place = tl.where(is_other, other, place)
-                        other = 3 * row_right + 2
+                        other = 3 * (rows >> 2) + 2
                         is_other = (at_right > pooled) | ((at_right == pooled) & (other < place))
                         place = tl.where(is_other, other, place)
                     pooled = tl.maximum(pooled, at_right, propagate_nan=NAN)
@@ -204,13 +217,12 @@ def forward(
             carry_center = center
             carry_right = right
             if WITH_ARGMAX:
-                row_center = tl.zeros((BLOCK, GROUP), tl.int32)
-                row_right = tl.zeros((BLOCK, GROUP), tl.int32)
+                rows = tl.zeros((BLOCK, GROUP), tl.int32)
 
     if WITH_SUMS:
         target = sums + (tile * tl.num_programs(1) + tl.program_id(1)) * (2 * GROUPS * GROUP) + channel
-        tl.store(target, tl.sum(sum_1, 0))
-        tl.store(target + GROUPS * GROUP, tl.sum(sum_2, 0))
+        tl.store(target, tl.sum(tl.sum(sum_1, 0), 0))
+        tl.store(target + GROUPS * GROUP, tl.sum(tl.sum(sum_2, 0), 0))
 
 
 @triton.jit
@@ -227,6 +239,42 @@ def axis_weight(p, LENGTH: tl.constexpr, POOL_PADDING: tl.constexpr):
     weight += tl.where((center >= 1) & (center <= LENGTH), 1, 0)
     weight += tl.where((center >= -1) & (center < LENGTH - 1), 1, 0)
     return tl.maximum(weight, 1).to(tl.float32)
+
+
+@triton.jit
+def load_upstream(
+    grad_out,
+    argmax,
+    image,
+    p,
+    q,
+    out_channel,
+    channel,
+    is_output,
+    below,
+    P: tl.constexpr,
+    OUT_N: tl.constexpr,
+    OUT_C: tl.constexpr,
+    OUT_H: tl.constexpr,
+    OUT_W: tl.constexpr,
+    ARGMAX_N: tl.constexpr,
+    ARGMAX_C: tl.constexpr,
+    ARGMAX_H: tl.constexpr,
+    ARGMAX_W: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Gradients of window (p, q) and, if it shares the row, of the window below, and the places of their maxima."""
+    reads_this = (is_output & (p >= 0) & (p < P))[:, None]
+    reads_next = (is_output & (below == 1) & (p + 1 < P))[:, None]
+    source = (image * OUT_N + p * OUT_H + q * OUT_W)[:, None] + (out_channel * OUT_C)[None, :]
+    grad_this = tl.load(grad_out + source, mask=reads_this, other=0.0)
+    grad_next = tl.load(grad_out + (source + OUT_H), mask=reads_next, other=0.0)
+    place_this, place_next = grad_this, grad_next  # not read
+    if KIND == "max":
+        source = (image * ARGMAX_N + p * ARGMAX_H + q * ARGMAX_W)[:, None] + (channel * ARGMAX_C)[None, :]
+        place_this = tl.load(argmax + source, mask=reads_this, other=9)
+        place_next = tl.load(argmax + (source + ARGMAX_H), mask=reads_next, other=9)
+    return grad_this, grad_next, place_this, place_next
 
 
 @triton.jit(do_not_specialize=["n_columns", "n_items"])
@@ -299,6 +347,8 @@ def backward(
     NEEDS_PRODUCTS: tl.constexpr = (KIND == "modulus3") or WITH_SUMS
     # Whether all columns of all cells lie on the map, so that only rows have to be checked.
     FULL: tl.constexpr = (FIRST_Q == 0) and (2 * CELLS_Q - POOL_PADDING < CONV_W)
+    # Whether gradients are loaded together with the pixels; in NCHW and in chunks there are no registers left for that.
+    EARLY: tl.constexpr = (OUT_C == 1) and (CHUNK == SLICES)
     group = tl.program_id(1)
     first_slice = tl.program_id(2) * CHUNK
     channel = group * GROUP + tl.arange(0, GROUP)
@@ -345,34 +395,20 @@ def backward(
             line = STRIDE * row - PADDING
             row_inside = (row >= 0) & (row < CONV_H)
 
-            reads_this = (is_output & (p >= 0) & (p < P))[:, None]
-            reads_next = (is_output & (below == 1) & (p + 1 < P))[:, None]
-            source = (image * OUT_N + p * OUT_H + q * OUT_W)[:, None] + (out_channel * OUT_C)[None, :]
-            grad_this = tl.load(grad_out + source, mask=reads_this, other=0.0).to(tl.float32)
-            grad_next = tl.load(grad_out + (source + OUT_H), mask=reads_next, other=0.0).to(tl.float32)
-            if KIND == "max":
-                source = (image * ARGMAX_N + p * ARGMAX_H + q * ARGMAX_W)[:, None] + (channel * ARGMAX_C)[None, :]
-                place_this = tl.load(argmax + source, mask=reads_this, other=9)
-                place_next = tl.load(argmax + (source + ARGMAX_H), mask=reads_next, other=9)
-                first = 3 * (1 + below)
-                of_left = tl.where(place_this == first, grad_this, 0.0) + tl.where(place_next == 0, grad_next, 0.0)
-                center = tl.where(place_this == first + 1, grad_this, 0.0) + tl.where(place_next == 1, grad_next, 0.0)
-                right = tl.where(place_this == first + 2, grad_this, 0.0) + tl.where(place_next == 2, grad_next, 0.0)
-            else:
-                grad_this *= inverse_weight(p, q, CONV_H, CONV_W, POOL_PADDING)[:, None]
-                grad_next *= inverse_weight(p + 1, q, CONV_H, CONV_W, POOL_PADDING)[:, None]
-                of_left = tl.where(below == 0, 2.0 * grad_this, grad_this + grad_next)
-                center = 2.0 * of_left
-                right = of_left
-            right += tl.where(has_right, tl.gather(of_left, right_lane, 0), 0.0)
-
+            if EARLY:
+                upstream = load_upstream(
+                    grad_out, argmax, image, p, q, out_channel, channel, is_output, below, P,
+                    OUT_N, OUT_C, OUT_H, OUT_W, ARGMAX_N, ARGMAX_C, ARGMAX_H, ARGMAX_W, KIND,
+                )  # fmt: skip
             if NEEDS_PRODUCTS or WITH_WEIGHT:
                 offset = patch + line * X_H
+                unknown = (i - n_columns > 1048576).to(tl.int32)  # 0
+                first = (element + 16 * unknown)[:, None]
                 pixels = ()
                 if CHUNK == SLICES:
                     for s in tl.static_range(SLICES):
                         of_slice = load_patch(
-                            x, offset, element[:, None], line, s, X_C, X_H, X_W, H, W, C_IN, KERNEL, TAPS, BLOCK_K
+                            x, offset, first, line, s + unknown, X_C, X_H, X_W, H, W, C_IN, KERNEL, TAPS, BLOCK_K
                         )
                         pixels = pixels + (of_slice.to(packed.dtype.element_ty),)
             if NEEDS_PRODUCTS:
@@ -382,9 +418,30 @@ def backward(
                         of_slice = pixels[s]
                     else:
                         of_slice = load_patch(
-                            x, offset, element[:, None], line, s, X_C, X_H, X_W, H, W, C_IN, KERNEL, TAPS, BLOCK_K
+                            x, offset, first, line, s + unknown, X_C, X_H, X_W, H, W, C_IN, KERNEL, TAPS, BLOCK_K
                         ).to(packed.dtype.element_ty)
                     products = tl.dot(of_slice, filters[s], products, input_precision=PRECISION)
+
+            if not EARLY:
+                upstream = load_upstream(
+                    grad_out, argmax, image, p, q, out_channel, channel, is_output, below, P,
+                    OUT_N, OUT_C, OUT_H, OUT_W, ARGMAX_N, ARGMAX_C, ARGMAX_H, ARGMAX_W, KIND,
+                )  # fmt: skip
+            grad_this, grad_next, place_this, place_next = upstream
+            grad_this = grad_this.to(tl.float32)
+            grad_next = grad_next.to(tl.float32)
+            if KIND == "max":
+                place = 3 * (1 + below)
+                of_left = tl.where(place_this == place, grad_this, 0.0) + tl.where(place_next == 0, grad_next, 0.0)
+                center = tl.where(place_this == place + 1, grad_this, 0.0) + tl.where(place_next == 1, grad_next, 0.0)
+                right = tl.where(place_this == place + 2, grad_this, 0.0) + tl.where(place_next == 2, grad_next, 0.0)
+            else:
+                grad_this *= inverse_weight(p, q, CONV_H, CONV_W, POOL_PADDING)[:, None]
+                grad_next *= inverse_weight(p + 1, q, CONV_H, CONV_W, POOL_PADDING)[:, None]
+                of_left = tl.where(below == 0, 2.0 * grad_this, grad_this + grad_next)
+                center = 2.0 * of_left
+                right = of_left
+            right += tl.where(has_right, tl.gather(of_left, right_lane, 0), 0.0)
 
             # Volatile: read again in every row, where the compiler would keep them in scarce registers.
             if KIND == "max":
@@ -415,7 +472,7 @@ def backward(
                 if CHUNK != SLICES:
                     for s in tl.static_range(CHUNK):
                         of_slice = load_patch(
-                            x, offset, element[:, None], line, first_slice + s,
+                            x, offset, first, line, first_slice + s + unknown,
                             X_C, X_H, X_W, H, W, C_IN, KERNEL, TAPS, BLOCK_K,
                         )  # fmt: skip
                         pixels = pixels + (of_slice.to(packed.dtype.element_ty),)
