@@ -23,6 +23,7 @@ from pathlib import Path
 # Seconds of GPU time per part, the most important part first; together under 25 minutes.
 PARTS = {"tests": 330, "stem": 400, "memory": 50, "models": 320, "table": 220, "profile": 45, "shapes": 100}
 QUICK = ("tests", "stem", "memory")
+ON_REQUEST = {"tune": 240}  # for who sets the table of mixpool/fused/blocks.py
 DRY_SECONDS = 400.0  # it takes 40, but nothing should be left out on a busy machine
 GRACE = 20.0  # seconds over its budget after which a part is killed: it hangs, or compiles without end
 DEVICE_LOST = 75  # exit status of a part whose CUDA context is broken
@@ -41,13 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="mixpool-gpu-") if args.output is None else args.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"records: {folder / 'gpu.jsonl'}, log: {folder / 'gpu.log'}", flush=True)
-    end = time.monotonic() + (args.budget or (DRY_SECONDS if args.dry else sum(PARTS.values())))
     parts = args.only or list(QUICK if args.quick else PARTS)
+    limits = {**PARTS, **ON_REQUEST}
+    end = time.monotonic() + (args.budget or (DRY_SECONDS if args.dry else sum(limits[part] for part in parts)))
     statuses = {}
     for group in [parts] if args.dry else [[part] for part in parts]:
         seconds = end - time.monotonic()
         if not args.dry and (args.budget is None or len(parts) > 1):
-            seconds = min(seconds, PARTS[group[0]])
+            seconds = min(seconds, limits[group[0]])
         statuses |= dict.fromkeys(group, run_part(group, folder, seconds, args))
     print_summary(folder / "gpu.jsonl", statuses)
     return int(any(statuses.values()))
@@ -55,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    names = [*PARTS, *ON_REQUEST]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
     parser.add_argument("--output", help="folder of gpu.jsonl and the logs; default a new temporary one")
     parser.add_argument("--budget", type=float, help="seconds for all parts; several keep their own limits too")
     parser.add_argument("--quick", action="store_true", help="tests, and only the cases of the targets")
@@ -65,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     # of the monotonic clock, which all processes share
     parser.add_argument("--child-until", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    args.only = [part for part in PARTS if part in args.only] if args.only else args.only
+    args.only = [part for part in names if part in args.only] if args.only else args.only
     return args
 
 
@@ -136,7 +139,7 @@ def child(args: argparse.Namespace) -> int:
     """Run some parts here, with one budget."""
     import torch
 
-    from benchmarks import gpu_checks, gpu_models, gpu_stem
+    from benchmarks import gpu_checks, gpu_models, gpu_stem, gpu_tune
     from benchmarks.store import Store
     from benchmarks.timing import Budget, DeviceLost
 
@@ -148,7 +151,7 @@ def child(args: argparse.Namespace) -> int:
     store, budget = Store(Path(args.output) / "gpu.jsonl"), Budget(args.child_until - time.monotonic())
     options = {"quick": args.quick, "dry": args.dry, "again": args.again}
     runs = {"tests": gpu_checks.run_checks, "memory": gpu_stem.run_memory, "profile": gpu_stem.run_profile}
-    runs["models"] = gpu_models.run_models
+    runs |= {"models": gpu_models.run_models, "tune": gpu_tune.run_tune}
     try:
         for part in args.only:
             if part in runs:

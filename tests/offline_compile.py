@@ -54,7 +54,7 @@ def calls(
     shared_memory: int,
     replaced: dict[str, int],
 ) -> Iterator[tuple]:
-    """(name, call, blocks or None) of the kernels that a stem of 2 n_channels launches, from tensors without storage.
+    """(name, call, matrix or None) of the kernels that a stem of 2 n_channels launches, from tensors without storage.
 
     `replaced` are fields of the blocks that are not to be those of mixpool.fused.blocks.
     """
@@ -83,7 +83,7 @@ def calls(
         matrix, packed = matrix_of(kind, "inference")
         yield f"pack {kind}", launch.pack(matrix, geometry, x, weight, imag, channels, packed), None
         call, _ = launch.forward(matrix, geometry, x, packed, channels, out, scale=vector, shift=vector, relu=True)
-        yield f"{kind} forward, inference", call, matrix.blocks
+        yield f"{kind} forward, inference", call, matrix
 
         matrix, packed = matrix_of(kind, "training")
         argmax = (
@@ -91,8 +91,8 @@ def calls(
         )
         arguments = (matrix, geometry, x, packed, channels, out)
         call, sums = launch.forward(*arguments, argmax=argmax, pivot=vector, with_sums=True)
-        yield f"{kind} forward, statistics", call, matrix.blocks
-        yield f"{kind} forward, training", launch.forward(*arguments, argmax=argmax)[0], matrix.blocks
+        yield f"{kind} forward, statistics", call, matrix
+        yield f"{kind} forward, training", launch.forward(*arguments, argmax=argmax)[0], matrix
         yield f"{kind} statistics", launch.finish_moments(kind, sums, channels, vector, moments, 10**6), None
 
         matrix, packed = matrix_of(kind, "backward")
@@ -104,7 +104,7 @@ def calls(
             ", images too": {"coefficients": vector, "grad_conv": out},
         }.items():
             call, partial = launch.backward(*arguments, argmax=argmax, **options)
-            yield f"{kind} backward{name}", call, matrix.blocks
+            yield f"{kind} backward{name}", call, matrix
         yield f"unpack {kind}", launch.unpack(matrix, geometry, x, partial[0], channels, weight, imag), None
     yield "affine forward", launch.affine_forward(out, vector, vector, out, True), None
     yield "affine backward", launch.affine_backward(out, vector, vector, out, out, True)[0], None
@@ -165,6 +165,15 @@ def resources(compiled, arch: int) -> dict[str, int]:
     }
 
 
+def choice(name: str, matrix, dtype: torch.dtype) -> dict:
+    """The blocks of a kernel, and the shared memory that they were chosen for."""
+    from mixpool.fused.blocks import shared_bytes
+
+    purpose = "backward" if "backward" in name else "inference"
+    expected = shared_bytes(matrix.kind, purpose, matrix.blocks, matrix.depth, dtype.itemsize)
+    return {"shared_expected": expected, "blocks": matrix.blocks._asdict()}
+
+
 def field(text: str) -> tuple[str, int]:
     """("rows", 128) of "rows=128"."""
     name, value = text.split("=")
@@ -193,11 +202,11 @@ def main() -> None:
         where = dict(zip(("arch", "dtype", "stem", "layout", "channels"), case, strict=True))
         dtypes = (DTYPES[dtype], DTYPES[options.input_dtype or dtype])
         kernels = calls(stem, *dtypes, layout, n_channels, SHARED_MEMORY[arch], dict(options.blocks))
-        for name, call, blocks in kernels:
+        for name, call, matrix in kernels:
             if re.search(options.only, name):
                 found = resources(compile_call(call, arch), arch)
-                blocks = {} if blocks is None else {"blocks": blocks._asdict()}
-                print(json.dumps({"kernel": name, **where, **found, **blocks}), flush=True)
+                found |= {} if matrix is None else choice(name, matrix, dtypes[0])
+                print(json.dumps({"kernel": name, **where, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,7 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, gpu_checks, gpu_models, gpu_stem, gpu_summary, roofline, stems, store, tables, timing
+from benchmarks import (
+    gpu,
+    gpu_checks,
+    gpu_models,
+    gpu_stem,
+    gpu_summary,
+    gpu_tune,
+    roofline,
+    stems,
+    store,
+    tables,
+    timing,
+)
 from benchmarks.gpu_stem import Case, cases_of
 from benchmarks.roofline import floor_of
 from benchmarks.stems import ALEXNET, MAX, MIX, MODULUS1, MODULUS3, RESNET
@@ -487,6 +500,16 @@ def test_tables_refuse_a_dry_run(tmp_path):
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "has_gpu", lambda: False)
     assert gpu.main([]) == 2 and "--dry" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
+def test_blocks_are_tuned_side_by_side(tmp_path):
+    found = store.Store(tmp_path / "gpu.jsonl")
+    gpu_tune.run_tune(found, Budget(1000.0), "cpu", dry=True)
+    assert [r["ms"]["n"] for r in found] == [1, 1] and {r["kind"] for r in found} == {"tune"}
+    for kind, purpose in itertools.product(gpu_tune.KINDS, gpu_tune.PURPOSES):
+        blocks = gpu_tune.candidates(kind, purpose)
+        assert 3 < len(set(blocks)) == len(blocks) <= 8
 
 
 @pytest.mark.slow

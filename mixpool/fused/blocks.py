@@ -70,13 +70,14 @@ def blocks_for(
 
 
 def shared_bytes(kind: str, purpose: str, blocks: Blocks, depth: int, itemsize: int) -> int:
-    """What a program takes of shared memory, at most: filters, pixels that are kept, and a tile in transit."""
+    """What a program takes of shared memory, at most: filters, pixels that are kept, and tiles in transit."""
     columns = COLUMNS[kind] * blocks.group
     slices = -(-depth // (blocks.slice * blocks.chunk)) * blocks.chunk
-    kept = blocks.chunk if purpose == "backward" else 0
+    kept, transit = 0, blocks.rows * max(blocks.slice, columns)
+    if purpose == "backward":
+        # Pixels that both products read; TF32 wants them in another order in each.
+        kept = blocks.chunk * (2 if itemsize == 4 and blocks.chunk == slices else 1)
+        transit *= 2
     if blocks.stages > 1:
         kept += slices * blocks.stages
-    filters = slices * blocks.slice * columns
-    pixels = kept * blocks.rows * blocks.slice
-    transit = blocks.rows * max(blocks.slice, columns)
-    return (filters + pixels + transit) * itemsize
+    return (slices * blocks.slice * columns + kept * blocks.rows * blocks.slice + transit) * itemsize
