@@ -40,7 +40,8 @@ BACKWARD = {
     "modulus1": Blocks(32, 128, 64, 8, chunk=4),
     "modulus3": Blocks(16, 128, 64, 8, chunk=4),
 }
-TABLES = {"inference": FORWARD, "training": FORWARD, "backward": BACKWARD}
+TRAINING = FORWARD | {"max": Blocks(32, 64, 64, 4)}  # with places of maxima or with sums
+TABLES = {"inference": FORWARD, "training": TRAINING, "backward": BACKWARD}
 LONG_GROUP = {"max": 16, "modulus1": 32, "modulus3": 16}  # in forward passes over long patches
 
 SMALLER = (("rows", 64), ("group", 32), ("rows", 32), ("group", 16), ("chunk", 1))  # down to; groups in columns

@@ -103,6 +103,9 @@ def forward(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    # Inference over short patches has these registers, unless a blurred modulus has to check the left border too.
+    IS_SHORT: tl.constexpr = (DEPTH <= 256) and (not WITH_ARGMAX) and (not WITH_SUMS)
+    HOISTED: tl.constexpr = IS_SHORT and (KIND == "max" or POOL_PADDING == 1)
     group = tl.program_id(0) % GROUPS
     tile = tl.program_id(0) // GROUPS
     channel = group * GROUP + tl.arange(0, GROUP)
@@ -144,7 +147,7 @@ def forward(
         row = 2 * p0 - POOL_PADDING + i
         row_inside = (row >= 0) & (row < CONV_H)
         line = STRIDE * row - PADDING
-        unknown = (i - n_columns > 1048576).to(tl.int32)  # 0
+        unknown = 0 if HOISTED else (i - n_columns > 1048576).to(tl.int32)  # 0
         first = (element + 16 * unknown)[:, None]
         products = tl.zeros((BLOCK, N_COLUMNS), tl.float32)
         for s in tl.static_range(DEPTH // BLOCK_K):
@@ -347,6 +350,7 @@ def backward(
     NEEDS_PRODUCTS: tl.constexpr = (KIND == "modulus3") or WITH_SUMS
     # Whether all columns of all cells lie on the map, so that only rows have to be checked.
     FULL: tl.constexpr = (FIRST_Q == 0) and (2 * CELLS_Q - POOL_PADDING < CONV_W)
+    HOISTED: tl.constexpr = (DEPTH <= 256) and (not NEEDS_PRODUCTS) and (not WITH_CONV)
     # Whether gradients are loaded together with the pixels; in NCHW and in chunks there are no registers left for that.
     EARLY: tl.constexpr = (OUT_C == 1) and (CHUNK == SLICES)
     group = tl.program_id(1)
@@ -402,7 +406,7 @@ def backward(
                 )  # fmt: skip
             if NEEDS_PRODUCTS or WITH_WEIGHT:
                 offset = patch + line * X_H
-                unknown = (i - n_columns > 1048576).to(tl.int32)  # 0
+                unknown = 0 if HOISTED else (i - n_columns > 1048576).to(tl.int32)  # 0
                 first = (element + 16 * unknown)[:, None]
                 pixels = ()
                 if CHUNK == SLICES:
