@@ -21,8 +21,6 @@ from mixpool.fused.geometry import StemGeometry
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
-PASSES = r"(max|modulus\d) (forward|backward)"  # the kernels with matrix products
-SAMPLE = "max forward, statistics|(modulus1|modulus3) backward$"
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
 # Bytes that a kernel may spill on sm_90 in bfloat16 and float16, by kernel, stem and layout. All others: none.
@@ -31,10 +29,10 @@ ALLOWED_SPILLS = {
     # In NCHW gradients come in pieces of 2 bytes, each with an address of its own. Fewer channels per program would not
     # use the tensor core for the gradient of the matrix.
     ("max backward, statistics", "resnet", "NCHW"): 32,
-    # Twelve slices of filters in shared memory, each with its descriptor. AlexNet has no batch normalization.
+    # Twelve slices in shared memory, whose descriptors are kept. AlexNet itself has no batch normalization.
     ("max backward, statistics", "alexnet", "channels_last"): 200,
     ("max backward, statistics", "alexnet", "NCHW"): 200,
-    # The same twelve slices. Without spills, the products would be computed six times instead of three.
+    # The same twelve slices. Chunks of 3 instead of 4 compute the products once more and still spill 20 to 36 bytes.
     ("modulus3 backward", "alexnet", "channels_last"): 64,
     ("modulus3 backward", "alexnet", "NCHW"): 64,
     ("modulus3 backward, statistics", "alexnet", "channels_last"): 64,
@@ -84,10 +82,10 @@ def report(kernels: list[dict], *checks) -> list[str]:
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", ["resnet", "alexnet"])
-def test_the_defaults_on_hopper_do_not_spill(stem: str) -> None:
-    kernels = compiled("--arch", "90", "--stem", stem)
-    assert len({k["kernel"] for k in kernels}) == 32
+@pytest.mark.parametrize("stem, only", [("resnet", ""), ("alexnet", r"(max|modulus\d) (forward|backward(, stat|$))")])
+def test_the_defaults_on_hopper_do_not_spill(stem: str, only: str) -> None:
+    kernels = compiled("--arch", "90", "--stem", stem, "--only", only)
+    assert len({k["kernel"] for k in kernels}) == (15 if only else 32)
     assert not report(kernels, faults, spills)
 
 
@@ -97,7 +95,6 @@ def test_the_defaults_on_hopper_do_not_spill(stem: str) -> None:
     [
         "--arch 90 --stem resnet --layout NCHW --dtype float16 --only (max|modulus3).(backward,.stat|forward,.stat)",
         "--arch 90 --stem alexnet --layout NCHW --only modulus3.(backward|forward,.inf)$",
-        "--arch 90 --stem resnet --input-dtype float32 --only modulus3.backward,.stat",
     ],
 )
 def test_samples_of_other_defaults_on_hopper_do_not_spill(arguments: str) -> None:
@@ -115,6 +112,7 @@ def test_samples_of_other_defaults_on_hopper_do_not_spill(arguments: str) -> Non
         "--arch 89 --stem alexnet --only modulus1.backward$",
         "--arch 89 --stem resnet --dtype float32 --channels 25 --layout NCHW --only max.backward,.statistics",
         "--arch 90 --stem resnet --dtype float32 --only modulus3.backward$",
+        "--arch 90 --stem resnet --input-dtype float32 --only modulus3.backward,.statistics",
         "--arch 100 --stem resnet --only max.forward,.statistics|modulus3.backward$",
         "--arch 120 --stem squeezenet --only modulus3.backward$",
         "--arch 90 --stem shufflenet cifar --channels 32 --only max.forward,.inference",
@@ -128,10 +126,10 @@ def test_samples_fit_every_architecture(arguments: str) -> None:
 
 @needs_triton
 def test_these_tests_can_fail() -> None:
-    """Too large blocks spill, and take more shared memory than there is."""
-    kernels = compiled("--only", "max backward, statistics", "--blocks", "rows=256", "group=64", "num_warps=4")
-    assert any("bytes of shared memory, the architecture has" in fault for fault in report(kernels, faults))
-    assert any("spills" in fault for fault in report(kernels, spills))
+    """Blocks for another GPU are too large, those for more threads spill, those that are too small use no wgmma."""
+    (kernel,) = compiled("--arch", "89", "--only", "modulus3 backward$", "--blocks", "rows=128", "num_warps=4")
+    assert any("the architecture has" in fault for fault in faults(kernel))
+    assert spills(kernel)
     (kernel,) = compiled("--only", "max backward$", "--blocks", "group=16")
     assert "no wgmma" in faults(kernel)
 

@@ -71,7 +71,7 @@ def blocks_for(
 
 
 def shared_bytes(kind: str, purpose: str, blocks: Blocks, depth: int, itemsize: int) -> int:
-    """What a program takes of shared memory, at most: filters, pixels that are kept, and tiles in transit."""
+    """What a program takes of shared memory, at most: filters, pixels that are kept, tiles in transit."""
     columns = COLUMNS[kind] * blocks.group
     slices = -(-depth // (blocks.slice * blocks.chunk)) * blocks.chunk
     kept, transit = 0, blocks.rows * max(blocks.slice, columns)
@@ -81,4 +81,5 @@ def shared_bytes(kind: str, purpose: str, blocks: Blocks, depth: int, itemsize: 
         transit *= 2
     if blocks.stages > 1:
         kept += slices * blocks.stages
-    return (slices * blocks.slice * columns + kept * blocks.rows * blocks.slice + transit) * itemsize
+    barriers = 64
+    return (slices * blocks.slice * columns + kept * blocks.rows * blocks.slice + transit) * itemsize + barriers
