@@ -193,7 +193,7 @@ def _typical_values(x: Tensor, weight: Tensor) -> Tensor:
 
     Sums about them keep their precision on images that vary little about a large mean.
     """
-    return weight.float().sum((2, 3)) @ x[0].float().mean((1, 2))
+    return (weight.float().sum((2, 3)) * x[0].float().mean((1, 2))).sum(1)  # autocast rounds products of matrices
 
 
 def _both_vectors(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
