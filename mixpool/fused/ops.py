@@ -94,7 +94,17 @@ def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, relu: bool = True) -> T
 # --- convolve_and_pool ------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mixpool::convolve_and_pool", mutates_args=())
+# Schemas in words: what torch infers from annotations differs between its versions.
+_GEOMETRY = "SymInt stride, SymInt padding, SymInt pool_padding, bool ceil_mode, SymInt blur"
+_FILTERS = "Tensor x, Tensor weight, Tensor? weight_imag, Tensor max_index, Tensor modulus_index"
+
+
+@torch.library.custom_op(
+    "mixpool::convolve_and_pool",
+    mutates_args=(),
+    schema=f"({_FILTERS}, Tensor? scale, Tensor? shift, {_GEOMETRY}, bool relu, bool with_moments, bool with_argmax, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+)
 def _convolve_and_pool(
     x: Tensor,
     weight: Tensor,
@@ -305,7 +315,12 @@ def _backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments
 _convolve_and_pool.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("mixpool::convolve_and_pool_backward", mutates_args=())
+@torch.library.custom_op(
+    "mixpool::convolve_and_pool_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_pooled, Tensor? grad_moments, {_FILTERS}, Tensor argmax, Tensor moments, {_GEOMETRY}, "
+    "bool with_input, bool with_weight) -> (Tensor, Tensor, Tensor)",
+)
 def _convolve_and_pool_backward(
     grad_pooled: Tensor,
     grad_moments: Tensor | None,
@@ -429,7 +444,11 @@ def _input_gradient(pool_stride: int, geometry: StemGeometry, x: Tensor, grad_co
 # --- affine_relu ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mixpool::affine_relu", mutates_args=())
+@torch.library.custom_op(
+    "mixpool::affine_relu",
+    mutates_args=(),
+    schema="(Tensor x, Tensor scale, Tensor shift, bool relu) -> Tensor",
+)
 def _affine_relu(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
     from mixpool.fused import launch
 
@@ -468,7 +487,11 @@ def _affine_backward(ctx, grad):
 _affine_relu.register_autograd(_affine_backward, setup_context=_save_affine)
 
 
-@torch.library.custom_op("mixpool::affine_relu_backward", mutates_args=())
+@torch.library.custom_op(
+    "mixpool::affine_relu_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor x, Tensor scale, Tensor shift, bool relu) -> (Tensor, Tensor, Tensor)",
+)
 def _affine_relu_backward(
     grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
