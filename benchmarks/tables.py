@@ -83,16 +83,16 @@ def shifts() -> str:
 
 
 def speed() -> str:
-    found = read("cpu")
-    text = _speed_of(found, "forward")
-    if any(record["mode"] == "full" for record in found):
-        text += "\n\nForward and backward for the weights, in training:\n\n" + _speed_of(found, "full")
-    return text + "\n\n" + machine_line(found[0])
+    return _speed_of("forward")
 
 
-def _speed_of(found: list[dict], mode: str) -> str:
+def speed_training() -> str:
+    return _speed_of("full")
+
+
+def _speed_of(mode: str) -> str:
     """One pass: a row per stem, a pair of columns per layout."""
-    found = [record for record in found if record["mode"] == mode]
+    found = [record for record in read("cpu") if record["mode"] == mode]
     rows = []
     for record in (r for r in found if r["layout"] == "NCHW"):
         cells = [record["provider"], f"{record['params']['num_modulus']} of {record['params']['C_out']}"]
@@ -110,7 +110,7 @@ def _speed_of(found: list[dict], mode: str) -> str:
         "channels_last ms",
         "channels_last, times stock",
     ]
-    return table(header, rows)
+    return table(header, rows) + "\n\n" + machine_line(found[0])
 
 
 def partner() -> str:
@@ -371,6 +371,7 @@ TABLES: dict[str, Callable[[], str]] = {
         conversion,
         shifts,
         speed,
+        speed_training,
         partner,
         fidelity,
         cuts,
