@@ -447,7 +447,6 @@ def backward(
                 right = of_left
             right += tl.where(has_right, tl.gather(of_left, right_lane, 0), 0.0)
 
-            # Volatile: read again in every row, where the compiler would keep them in scarce registers.
             if KIND == "max":
                 grad = tl.reshape(tl.join(center, right), (BLOCK, N_COLUMNS))
                 if WITH_SUMS:
