@@ -1,6 +1,6 @@
 """Time of stems on this CPU, side by side in one run, interleaved; ratios to the stock stem.
 
-    python -m benchmarks.cpu                about 8 minutes; writes records/cpu.jsonl
+    python -m benchmarks.cpu                about 3 minutes; writes records/cpu.jsonl
 
 ResNet-18's stem with a Gabor bank, batch 16, 224 x 224, float32, NCHW and channels_last; the forward pass in evaluation
 and, in training, forward and backward for the weights.

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command: tests, times, memory, whole networks; JSON lines, a short table last.
 
-    python -m benchmarks.gpu                             all parts, under 25 minutes on an H100
+    python -m benchmarks.gpu                             all parts; each stops at its limit, together under 25 minutes
     python -m benchmarks.gpu --only stem --output DIR    one part; DIR/gpu.jsonl grows case by case
     python -m benchmarks.gpu --dry                       end to end on a CPU, tiny, within a minute; no number counts
     python -m benchmarks.gpu --collect FILE ...          merge fetched files into records/gpu.jsonl, with their commits

@@ -1,6 +1,6 @@
 """Which blocks a kernel runs fastest with, side by side: what the table of mixpool/fused/blocks.py is to be set by.
 
-    python -m benchmarks.gpu --only tune        on request only; about 3 minutes, most of it compilation
+    python -m benchmarks.gpu --only tune        on request only; stops after 4 minutes
 
 One kernel at a time, half of the channels of ResNet's stem (every other one, as in the mix), batch 256, bfloat16,
 channels_last. Every candidate's output is compared with that of the table's entry.

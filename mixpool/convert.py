@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 from mixpool.calibration import stock_values
 from mixpool.checkpoint import StockKeys, StockParts, converted_stems, stock_parts, unwrapped
 from mixpool.find import FoundStem, StemError, find_stem
-from mixpool.layers import MixPoolStem, check_parts, pool_geometry
+from mixpool.layers import MixPoolStem
+from mixpool.parts import check_parts, pool_geometry
 from mixpool.plan import ChannelPlan
 from mixpool.probe import first_batches, module_inputs, outputs_of
 from mixpool.report import ConversionReport, agreement_of

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,41 +19,25 @@ from mixpool.backend import (
     why_reference,
 )
 from mixpool.calibration import calibrate
-from mixpool.filters import analytic_partner_map, apply_partner_map, pair
+from mixpool.filters import analytic_partner_map, apply_partner_map
 from mixpool.functional import check_pooling, memory_format_of, split_channels
 from mixpool.fused import ops
 from mixpool.normalization import (
     affine_of_pooled,
-    is_supported_norm,
     normalize_pooled,
     sign_of_scale,
     uses_batch_statistics,
 )
+from mixpool.parts import check_parts, describe, pool_geometry, without_hooks
 from mixpool.plan import KINDS, ChannelPlan
 from mixpool.reference import (
     Channels,
     ConvGeometry,
-    PoolGeometry,
     activate_and_merge,
     convolve_and_pool,
     without_autocast,
 )
 from mixpool.selection import Select, make_plan
-
-# Activations that never decrease, so that they commute with a maximum.
-_INCREASING_ACTIVATIONS = (
-    nn.Identity,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-    nn.Hardtanh,
-    nn.Softplus,
-    nn.Sigmoid,
-    nn.Tanh,
-)
 
 
 class MixPoolStem(nn.Module):
@@ -138,7 +120,7 @@ class MixPoolStem(nn.Module):
         self.backend = check_backend(backend)
 
         self.weight, self.bias = conv.weight, conv.bias
-        self.bn, self.act = norm, _without_hooks(act)
+        self.bn, self.act = norm, without_hooks(act)
         self.training = conv.training
         self.stock: Any = None  # checkpoint.StockParts, set by convert
         self.before_calibration: dict[str, tuple[Tensor, Tensor]] | None = None  # see calibration.stock_values
@@ -392,65 +374,9 @@ def why_not_fused(stem: MixPoolStem, x: Tensor) -> str | None:
         False
     """
     if not isinstance(stem, MixPoolStem):
-        raise ValueError(f"expected a MixPoolStem, got {_describe(stem)}")
+        raise ValueError(f"expected a MixPoolStem, got {describe(stem)}")
     return why_reference(stem.backend, stem._call(x))
-
-
-def pool_geometry(pool: nn.MaxPool2d) -> PoolGeometry:
-    """The geometry of an nn.MaxPool2d, as pairs."""
-    return PoolGeometry(
-        pair(pool.kernel_size),
-        pair(pool.stride if pool.stride is not None else pool.kernel_size),
-        pair(pool.padding),
-        pool.ceil_mode,
-    )
-
-
-def check_parts(conv: nn.Module, norm: nn.Module | None, act: nn.Module, pool: nn.Module) -> None:
-    """Raise ValueError naming the first part of a stem that a MixPoolStem cannot take over."""
-    if type(conv) is not nn.Conv2d:
-        raise ValueError(f"expected the convolution to be an nn.Conv2d, got {_describe(conv)}")
-    if not isinstance(conv._parameters.get("weight"), nn.Parameter):
-        raise ValueError(
-            "expected the convolution's weight to be a plain parameter, got one that is computed (weight norm, "
-            "spectral norm or pruning): make it permanent first"
-        )
-    if conv.weight.is_meta:
-        raise ValueError("expected the convolution's weights to exist, got a meta tensor: load weights first")
-    if conv.groups != 1 or conv.padding_mode != "zeros":
-        raise ValueError(f"expected groups=1 and zero padding, got {conv.groups=} and {conv.padding_mode=}")
-    if conv.padding == "same":
-        raise ValueError('expected numbers as the convolution\'s padding, got "same"')
-    if norm is not None and not is_supported_norm(norm):
-        raise ValueError(f"expected a batch norm of torch, torchvision or timm, got {_describe(norm)}")
-    if norm is not None:
-        channels = getattr(norm, "num_features", None) or len(norm.weight)
-        if channels != conv.out_channels:
-            raise ValueError(f"expected a norm layer of {conv.out_channels} channels, got {norm}")
-    increasing = type(act) in _INCREASING_ACTIVATIONS and getattr(act, "negative_slope", 0) >= 0
-    if not increasing or any(getattr(act, name, 1) < 0 for name in ("alpha",)):
-        raise ValueError(
-            f"expected an increasing activation such as ReLU (it has to commute with a maximum), got {_describe(act)}"
-        )
-    if type(pool) is not nn.MaxPool2d:
-        raise ValueError(f"expected the pooling to be an nn.MaxPool2d, got {_describe(pool)}")
-    if pair(pool.dilation) != (1, 1) or pool.return_indices:
-        raise ValueError(f"expected a max pool with dilation=1 and return_indices=False, got {pool}")
-
-
-def _without_hooks(act: nn.Module) -> nn.Module:
-    """The activation, or a copy of it if it has hooks: the stem calls it on parts of its output."""
-    names = [name for name in vars(act) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))]
-    if any(getattr(act, name) for name in names):
-        act = copy.copy(act)
-        for name in names:
-            setattr(act, name, OrderedDict())
-    return act
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     return a.device == b.device and not a.is_meta and torch.equal(a, b)
-
-
-def _describe(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -21,7 +21,8 @@ from mixpool.convert import convert
 from mixpool.filters import pair
 from mixpool.find import StemError, find_stem
 from mixpool.gabor import COLOR_SHARE, FREQUENCIES, gabor_bank
-from mixpool.layers import MixPoolStem, check_parts
+from mixpool.layers import MixPoolStem
+from mixpool.parts import check_parts
 from mixpool.report import ConversionReport
 from mixpool.wavelet_bank import wavelet_bank
 

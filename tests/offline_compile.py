@@ -37,6 +37,7 @@ KINDS = ("max", "modulus1", "modulus3")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",

@@ -6,6 +6,7 @@ Without a GPU the fused path runs in Triton's interpreter on CPU tensors (confte
 from __future__ import annotations
 
 import copy
+import csv
 import itertools
 import logging
 import math
@@ -185,6 +186,45 @@ NO_OBSTACLES = {
 @pytest.mark.parametrize("changes", NO_OBSTACLES.values(), ids=NO_OBSTACLES)
 def test_no_reason(interpreted, changes):
     assert obstacle(make_call(**changes)) is None
+
+
+# kernel, stride, padding, pool padding, ceil_mode: all stems of the 77 models with a max pool (tests/test_models.py)
+CENSUS = (
+    (7, 2, 3, 1, False),
+    (7, 2, 3, 0, True),
+    (7, 2, 0, 0, True),
+    (11, 4, 2, 0, False),
+    (3, 2, 1, 1, False),
+    (3, 2, 0, 0, True),
+)
+
+
+@pytest.mark.parametrize("blur", (1, 3))
+@pytest.mark.parametrize("stem", CENSUS, ids=str)
+def test_the_stems_of_all_models_pass(interpreted, stem, blur):
+    kernel, stride, padding, pool_padding, ceil_mode = stem
+    conv, pool = (
+        ConvGeometry((stride,) * 2, (padding,) * 2),
+        PoolGeometry(padding=(pool_padding,) * 2, ceil_mode=ceil_mode),
+    )
+    call = make_call(weight=torch.zeros(7, 3, kernel, kernel), conv=conv, pool=pool)
+    assert obstacle(call._replace(blur=blur)) is None
+
+
+def test_the_census_is_complete(shared_data):
+    with open(shared_data / "stems.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["tier"].split(":")[0] in ("A", "A3")]
+    found = {
+        (
+            int(r["kernel"].split("x")[0]),
+            int(r["stride"]),
+            int(r["padding"][1]),
+            int(r["pool_padding"]),
+            r["pool_ceil"] == "True",
+        )
+        for r in rows
+    }
+    assert len(rows) == 77 and found == set(CENSUS)
 
 
 def test_autocast_decides_the_dtype(interpreted):

@@ -52,6 +52,8 @@ CASES = [
     Case("alexnet: windows at the border, rows that no window covers", 2, 3, 31, 36, 11, 4, 2, 0, False, "xo", True),
     Case("alexnet in NCHW", 1, 3, 35, 31, 11, 4, 2, 0, False, "ox", False),
     Case("squeezenet: ceil_mode, windows hanging over", 2, 3, 24, 25, 7, 2, 0, 0, True, "oxo", True),
+    Case("googlenet: padding of the convolution, ceil_mode of the pool", 2, 3, 22, 19, 7, 2, 3, 0, True, "xo", True),
+    Case("squeezenet 1.1: kernel 3, ceil_mode", 2, 3, 16, 17, 3, 2, 0, 0, True, "oxx", False),
     Case("ceil_mode and padding", 2, 3, 14, 15, 3, 2, 1, 1, True, "xox", False),
     Case("several tiles, strips and groups", 6, 3, 31, 21, 3, 1, 1, 1, False, "xox" * 17, True),
     Case("several tiles in NCHW", 5, 1, 33, 29, 5, 1, 2, 0, False, "xo", False),
@@ -61,6 +63,8 @@ CASES = [
     Case("one pixel", 2, 3, 1, 1, 3, 1, 1, 1, False, "xo", True),
 ]
 HALF_CASES = [CASES[i] for i in (0, 1, 4, 6)]
+BY_NAME = {case.name: case for case in CASES}
+SEVERAL, ONE_IN = BY_NAME["several tiles, strips and groups"], BY_NAME["one channel in, stride 1, no padding"]
 
 
 class Stem(NamedTuple):
@@ -207,7 +211,7 @@ def interpret_bfloat16(monkeypatch):
 
 @pytest.mark.parametrize("relu", (True, False), ids=("relu", "linear"))
 @pytest.mark.parametrize("blur", (1, 3))
-@pytest.mark.parametrize("case", (CASES[0], CASES[5], CASES[8]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (CASES[0], CASES[5], SEVERAL), ids=lambda case: case.name)
 def test_epilogue(case, blur, relu, interpret_bfloat16):
     stem, dtype = stem_of(case, blur, DTYPES[-1]), DTYPES[-1]
     scale = torch.randn(len(case.plan)).abs().to(DEVICE)
@@ -419,7 +423,7 @@ def test_statistics_about_a_large_mean(offset):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("blur", (1, 3))
 def test_two_runs_give_the_same_bits(blur):
-    stem = stem_of(CASES[8], blur, DTYPES[-1])
+    stem = stem_of(SEVERAL, blur, DTYPES[-1])
     upstream = upstream_of(run_reference(stem, stem.leaves(DTYPES[-1])))
     first, second = (training_pass(run_fused, stem, DTYPES[-1], upstream) for _ in range(2))
     for name in first:
@@ -459,7 +463,7 @@ def test_affine_relu(size, dtype, channels_last, relu, interpret_bfloat16):
 
 
 def small_arguments(with_grad: bool) -> tuple:
-    stem = stem_of(CASES[11], 3, torch.float32)
+    stem = stem_of(ONE_IN, 3, torch.float32)
     x, weight, imag = (t if t is None else t.detach().requires_grad_(with_grad) for t in stem[:3])
     geometry = (stem.conv.stride[0], stem.conv.padding[0], stem.pool.padding[0], stem.pool.ceil_mode, 3)
     return x, weight, imag, *stem.channels, None, None, *geometry, False, True, with_grad, torch.float32
@@ -494,7 +498,7 @@ def test_opcheck_of_the_backward_pass(monkeypatch):
 
 def test_differentiating_twice_goes_through_the_reference():
     """A gradient penalty: the gradient of a gradient, for all inputs."""
-    stem = stem_of(CASES[11], 3, torch.float32)
+    stem = stem_of(ONE_IN, 3, torch.float32)
     results = []
     for run in (run_fused, run_reference):
         leaves = stem.leaves(torch.float32)
@@ -530,7 +534,7 @@ def test_only_the_gradients_that_are_asked_for(needs, interpret_bfloat16):
 
 def test_what_is_kept_for_the_backward_pass():
     """The images, the pooled map before the affine step, and a byte per position of a max channel."""
-    stem, dtype = stem_of(CASES[8], 3, DTYPES[-1]), DTYPES[-1]
+    stem, dtype = stem_of(SEVERAL, 3, DTYPES[-1]), DTYPES[-1]
     x, weight, imag = stem.leaves(dtype)
     kept: dict[int, int] = {}
 
@@ -548,7 +552,7 @@ def test_what_is_kept_for_the_backward_pass():
 
 
 def test_what_is_kept_against_the_stock_stem():
-    """At most a quarter of eager PyTorch's activations, images and parameters apart (a tenth: y, its copies, int64)."""
+    """At most a quarter of eager PyTorch's activations (y, its copies, int64 indices), images and parameters apart."""
     conv, norm = nn.Conv2d(3, 16, 7, 2, 3, bias=False, dtype=torch.float16), nn.BatchNorm2d(16)
     stock = nn.Sequential(conv, norm, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)).to(DEVICE).train()
     mixed = MixPoolStem(*copy.deepcopy(stock), select=[True, False] * 8, backend="fused").train()
@@ -575,7 +579,7 @@ def test_what_is_kept_against_the_stock_stem():
 def test_checkpointing_repeats_the_pass():
     from torch.utils.checkpoint import checkpoint
 
-    stem, dtype = stem_of(CASES[11], 3, torch.float32), torch.float32
+    stem, dtype = stem_of(ONE_IN, 3, torch.float32), torch.float32
     upstream = upstream_of(run_reference(stem, stem.leaves(dtype)))
     expected = training_pass(run_fused, stem, dtype, upstream)
     again = training_pass(
@@ -588,7 +592,7 @@ def test_checkpointing_repeats_the_pass():
 def test_compiled_in_one_graph(monkeypatch):
     monkeypatch.undo()
     torch.compiler.reset()
-    stem, dtype = stem_of(CASES[11], 3, torch.float32), torch.float32
+    stem, dtype = stem_of(ONE_IN, 3, torch.float32), torch.float32
     upstream = upstream_of(run_reference(stem, stem.leaves(dtype)))
     channels, conv, pool = stem[3:6]
 

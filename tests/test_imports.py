@@ -88,7 +88,7 @@ LEVELS = [
     {"comparison", "normalization", "functional", "loading", "wavelet_bank"},
     {"prediction", "gap_parts"},
     {"stats", "experiment"},
-    {"plan", "calibration"},
+    {"plan", "calibration", "parts"},
     {"selection", "find", "report"},
     {"layers", "plots"},
     {"checkpoint", "theory_plots"},

@@ -2,10 +2,12 @@
 
     geometry   what a kernel has to know of a stem, as integers
     patches    pixels of the windows, as rows of a matrix;  packing  filters as its counterpart, and gradients back
-    windows    channels that look at a whole pooling window: max pooling and the blurred modulus
+    windows    channels that look at a whole pooling window: max pooling and the blurred modulus;  windows_backward
     centers    channels that look at its centre: the modulus without blur
     affine     scale, shift and ReLU at pooled size;  moments  batch statistics from the kernels' partial sums
-    launch     which kernel with which blocks and which grid;  ops  the operators that PyTorch sees;  flops  their cost
+    blocks -> launch    which kernel with which blocks and which grid
+    gradients -> affine_op -> ops    the operators that PyTorch sees;  flops  their cost
 
-Only `patches` to `launch` import triton, and only when an operator runs. Nothing here chooses itself: `backend` does.
+Only `patches` to `affine` and `launch` import triton, and only when an operator runs. Nothing here chooses itself:
+`backend` does.
 """

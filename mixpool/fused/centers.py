@@ -112,8 +112,8 @@ def forward(
 
     if WITH_SUMS:
         target = sums + tl.program_id(0) * (2 * GROUPS * GROUP) + channel
-        tl.store(target, tl.zeros((GROUP,), tl.float32))
-        tl.store(target + GROUPS * GROUP, tl.sum(sum_2, 0))
+        tl.store(target, tl.zeros((GROUP,), tl.float64))
+        tl.store(target + GROUPS * GROUP, tl.sum(sum_2.to(tl.float64), 0))
 
 
 @triton.jit(do_not_specialize=["n_positions"])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixpool.fused import affine, centers, moments, packing, windows
+from mixpool.fused import affine, centers, moments, packing, windows, windows_backward
 from mixpool.fused.blocks import SMALLEST_SHARED_MEMORY, Blocks, blocks_for
 from mixpool.fused.geometry import COLUMNS, StemGeometry, is_channels_last
 
@@ -211,7 +211,7 @@ def forward(
     }
 
     def sums_of(programs: int) -> Tensor | None:
-        return x.new_empty((programs, 2, width), dtype=torch.float32) if with_sums else None
+        return x.new_empty((programs, 2, width), dtype=torch.float64) if with_sums else None
 
     if kind == "modulus1":
         n_positions = n_images * out.shape[2] * out.shape[3]
@@ -333,7 +333,7 @@ def backward(
         "PRECISION": precision(packed.dtype),
         "STAGES": blocks.stages,
     }
-    kernel = centers.backward if kind == "modulus1" else windows.backward
+    kernel = centers.backward if kind == "modulus1" else windows_backward.backward
     return Call(kernel, (programs, matrix.groups, chunks), arguments, blocks.num_warps), partial
 
 

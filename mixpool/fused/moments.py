@@ -2,8 +2,8 @@
 
     max       mean and biased variance of y;      modulus  mean 0 and mean(|z|^2) / 2
 
-The partial sums are float32 and are added up in float64. Those of y and y^2 are taken about a pivot, since about 0 they
-would lose (mean / std)^2 of their precision.
+What one thread sees is added up in float32, threads and programs in float64. Sums of y and y^2 are taken about a pivot,
+since about 0 they would lose (mean / std)^2 of their precision.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mixpool.fused.packing import split_column
 
 @triton.jit(do_not_specialize=["n_programs", "count"])  # the batch size compiles nothing anew
 def finish(
-    sums,  # (programs, 2, width)
+    sums,  # (programs, 2, width) float64
     channels,  # (n,)
     pivot,  # (C_out,) what the sums of "max" were taken about
     moments,  # (2, C_out), written at `channels`

@@ -17,13 +17,15 @@ gradients the pooled map is rounded first, so both passes may differ by a unit i
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mixpool import reference
+from mixpool.fused.affine_op import affine_relu, both_vectors
 from mixpool.fused.flops import register_formulas
 from mixpool.fused.geometry import StemGeometry, memory_format, padded_places
+from mixpool.fused.gradients import backward_of_reference, input_gradient
 from mixpool.reference import Channels, ConvGeometry, PoolGeometry
+
+__all__ = ["affine_relu", "convolve_and_pool"]
 
 
 def convolve_and_pool(
@@ -83,14 +85,6 @@ def convolve_and_pool(
     return pooled, (moments if with_moments else None)
 
 
-def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, relu: bool = True) -> Tensor:
-    """max(scale x + shift, 0), or without the maximum, per channel of (N, C, P, Q); computed in float32.
-
-    `scale` and `shift` are (C,) float32; the output has the dtype and the memory format of `x`.
-    """
-    return torch.ops.mixpool.affine_relu(x, scale, shift, relu)
-
-
 # --- convolve_and_pool ------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +122,7 @@ def _convolve_and_pool(
     geometry = _geometry(x, weight, stride, padding, pool_padding, ceil_mode)
     pooled, argmax, moments = _outputs(x, weight, max_index, geometry, with_moments, with_argmax, dtype)
     if scale is not None or shift is not None:
-        scale, shift = _both_vectors(scale, shift)
+        scale, shift = both_vectors(scale, shift)
     purpose = "training" if with_argmax or with_moments else "inference"
     with torch.cuda.device_of(x):
         for kind, channels, imag in _kinds(max_index, modulus_index, weight_imag, blur):
@@ -206,12 +200,6 @@ def _typical_values(x: Tensor, weight: Tensor) -> Tensor:
     return (weight.float().sum((2, 3)) * x[0].float().mean((1, 2))).sum(1)  # autocast rounds products of matrices
 
 
-def _both_vectors(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The epilogue's vectors as a kernel reads them, 1 or 0 for the one that is not there."""
-    scale = torch.ones_like(shift, memory_format=torch.contiguous_format) if scale is None else scale.contiguous()
-    return scale, torch.zeros_like(scale) if shift is None else shift.contiguous()
-
-
 def _kinds(max_index: Tensor, modulus_index: Tensor, weight_imag: Tensor | None, blur: int):
     """(kind, channels, imaginary filters) of the kinds that have channels."""
     if len(max_index) > 0:
@@ -241,7 +229,7 @@ def _backward(ctx, grad_pooled, _, grad_moments):
         grad_pooled = torch.zeros((x.shape[0], weight.shape[0], *shape), dtype=ctx.dtype, device=x.device)
     tensors = (x, weight, weight_imag, max_index, modulus_index)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: these gradients need theirs
-        return _backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments)
+        return backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments)
     grad_pooled = grad_pooled.contiguous(memory_format=memory_format(x))
     has_epilogue = scale is not None or shift is not None or ctx.relu
     if has_epilogue or (max_index.shape[0] > 0 and not ctx.with_argmax):  # the pass was recorded without gradients
@@ -252,7 +240,7 @@ def _backward(ctx, grad_pooled, _, grad_moments):
             given = (scale, shift)
             if scale is None and shift is None:
                 shift = torch.zeros(weight.shape[:1], dtype=torch.float32, device=x.device)
-            scale, shift = _both_vectors(scale, shift)
+            scale, shift = both_vectors(scale, shift)
             grad_pooled, *of_vectors = torch.ops.mixpool.affine_relu_backward(
                 grad_pooled, pooled, scale, shift, ctx.relu
             )
@@ -270,45 +258,6 @@ def _backward(ctx, grad_pooled, _, grad_moments):
     )
     needs = (needs_x, needs_weight, needs_imag)
     grads[:3] = (grad if needed else None for grad, needed in zip(of_tensors, needs, strict=True))
-    return tuple(grads)
-
-
-def _aliases(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-
-
-def _backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments) -> tuple[Tensor | None, ...]:
-    """The same gradients by plain PyTorch, differentiable again; it keeps what the kernels do not."""
-    stride, padding, pool_padding, ceil_mode, blur = ctx.geometry
-    channels = Channels(*tensors[3:])
-    with torch.enable_grad():
-        # Aliases: V may be a function of W, whose gradient must not pass through V here and once more outside.
-        x, weight, weight_imag, scale, shift = _aliases(*tensors[:3], scale, shift)
-        parts = reference.convolve_and_pool(
-            x.to(ctx.dtype),
-            weight.to(ctx.dtype),
-            None,
-            None if weight_imag is None else weight_imag.to(ctx.dtype),
-            channels,
-            ConvGeometry((stride,) * 2, (padding,) * 2),
-            PoolGeometry(padding=(pool_padding,) * 2, ceil_mode=ceil_mode),
-            blur=blur,
-            with_moments=grad_moments is not None,
-        )
-        order = torch.cat(channels).argsort()
-        pooled = torch.cat([part for part in parts[:2] if part is not None], dim=1).index_select(1, order)
-        out = reference.affine(pooled, scale, shift)
-        outputs, upstream = [F.relu(out) if ctx.relu else out], [grad_pooled]
-        if grad_moments is not None:
-            rows = [torch.stack([kind.mean, kind.var]) for kind in parts[2:] if kind is not None]
-            outputs.append(torch.cat(rows, dim=1).index_select(1, order))
-            upstream.append(grad_moments)
-        inputs = (x, weight, weight_imag, None, None, scale, shift)
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:7]) if needed]
-        found = torch.autograd.grad(outputs, [inputs[i] for i in wanted], upstream, create_graph=True)
-    grads = [None] * 16
-    for i, grad in zip(wanted, found, strict=True):
-        grads[i] = grad
     return tuple(grads)
 
 
@@ -379,7 +328,7 @@ def _convolve_and_pool_backward(
                 launch.unpack(matrix, geometry, x, partial.sum(0), channels, grad_weight, grad_imag)()
         if with_input:
             grads = [
-                _input_gradient(pool_stride, geometry, x, *(torch.cat(t, dim=d) for t, d in zip(zip(*maps), (1, 0))))
+                input_gradient(pool_stride, geometry, x, *(torch.cat(t, dim=d) for t, d in zip(zip(*maps), (1, 0))))
                 for pool_stride, maps in of_maps.items()
             ]
             grad_x.copy_(sum(grad.float() for grad in grads) if len(grads) > 1 else grads[0])
@@ -420,95 +369,3 @@ def _gradients(x, weight, weight_imag, with_input: bool, with_weight: bool) -> t
     if with_input:
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     return grad_x, like(weight, with_weight), like(weight_imag, with_weight)
-
-
-def _input_gradient(pool_stride: int, geometry: StemGeometry, x: Tensor, grad_conv: Tensor, filters: Tensor) -> Tensor:
-    """aten's gradient of a convolution by its input, in the dtype of `grad_conv`.
-
-    The convolution at the windows' centres (pool_stride 2) starts at another pixel than the dense one, maybe inside the
-    image, and stops where the last window does; so its input is padded or cropped to fit exactly, and that is undone.
-    """
-    step, before = pool_stride * geometry.stride, geometry.padding
-    if pool_stride == 2:
-        before -= geometry.stride * (1 - geometry.pool_padding)
-    pads = []
-    for length, count in zip(x.shape[:1:-1], grad_conv.shape[:1:-1], strict=True):  # F.pad starts at the last axis
-        pads += [before, (count - 1) * step + geometry.kernel_size - length - before]
-    padded = F.pad(x[:, :1], pads).to(filters.dtype).expand(-1, x.shape[1], -1, -1)  # only its shape counts
-    grad, _, _ = torch.ops.aten.convolution_backward(
-        grad_conv, padded, filters, None, [step, step], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]
-    )
-    return F.pad(grad, [-pad for pad in pads])
-
-
-# --- affine_relu ------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op(
-    "mixpool::affine_relu",
-    mutates_args=(),
-    schema="(Tensor x, Tensor scale, Tensor shift, bool relu) -> Tensor",
-)
-def _affine_relu(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
-    from mixpool.fused import launch
-
-    out = torch.empty_like(x, memory_format=memory_format(x))
-    with torch.cuda.device_of(x):
-        launch.affine_forward(x, scale.contiguous(), shift.contiguous(), out, relu)()
-    return out
-
-
-@_affine_relu.register_fake
-def _(x, scale, shift, relu):
-    return torch.empty_like(x, memory_format=memory_format(x))
-
-
-def _save_affine(ctx, inputs, output) -> None:
-    x, scale, shift, ctx.relu = inputs
-    ctx.save_for_backward(x, scale, shift)
-
-
-def _affine_backward(ctx, grad):
-    x, scale, shift = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-        with torch.enable_grad():
-            x, scale, shift = _aliases(x, scale, shift)
-            out = reference.affine(x, scale, shift)
-            out = F.relu(out) if ctx.relu else out
-            wanted = [i for i in range(3) if ctx.needs_input_grad[i]]
-            found = torch.autograd.grad(out, [(x, scale, shift)[i] for i in wanted], grad, create_graph=True)
-        grads = dict(zip(wanted, found, strict=True))
-        return grads.get(0), grads.get(1), grads.get(2), None
-    grad = grad.contiguous(memory_format=memory_format(x))
-    grad_x, grad_scale, grad_shift = torch.ops.mixpool.affine_relu_backward(grad, x, scale, shift, ctx.relu)
-    return grad_x, grad_scale, grad_shift, None
-
-
-_affine_relu.register_autograd(_affine_backward, setup_context=_save_affine)
-
-
-@torch.library.custom_op(
-    "mixpool::affine_relu_backward",
-    mutates_args=(),
-    schema="(Tensor grad_out, Tensor x, Tensor scale, Tensor shift, bool relu) -> (Tensor, Tensor, Tensor)",
-)
-def _affine_relu_backward(
-    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    from mixpool.fused import launch
-
-    grad_x = torch.empty_like(x, memory_format=memory_format(x))
-    with torch.cuda.device_of(x):
-        call, sums = launch.affine_backward(x, scale.contiguous(), shift.contiguous(), grad_out, grad_x, relu)
-        call()
-        grad_scale, grad_shift = sums.sum(0)
-    return grad_x, grad_scale.clone(), grad_shift.clone()
-
-
-@_affine_relu_backward.register_fake
-def _(grad_out, x, scale, shift, relu):
-    return (
-        torch.empty_like(x, memory_format=memory_format(x)),
-        scale.new_empty(scale.shape),
-        shift.new_empty(shift.shape),
-    )
