@@ -6,6 +6,7 @@ Legend: N images, C channels, (H, W) of the tensor at hand, K kernel side, a and
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import socket
 import warnings
@@ -261,17 +262,27 @@ def run_on_two_processes(worker: Callable, *arguments) -> list[dict[str, Tensor]
     # As bytes: tensors themselves would lie in memory that both processes share, and would be updated twice.
     task = pickle.dumps((worker, arguments))
     running = torch.multiprocessing.spawn(_process, (port, task, results), nprocs=2, join=False)
-    by_rank = dict(pickle.loads(results.get()) for _ in range(2)) if _both_answer(running, results) else {}
-    running.join()
+    by_rank = {}
+    while len(by_rank) < 2:
+        # A process answers before it ends: only if there is no answer does it matter how one has ended.
+        failure = _failure(running) if results.empty() else None
+        if not results.empty():
+            rank, answer = pickle.loads(results.get())
+            by_rank[rank] = answer
+        elif failure is not None:
+            raise failure
     return [by_rank[rank] for rank in (0, 1)]
 
 
-def _both_answer(running, results) -> bool:
-    """Wait for both answers, but raise what a process raised instead of waiting for ever."""
-    while results.empty():
-        if running.join(timeout=0.1):
-            return not results.empty()
-    return True
+def _failure(running, patience: float = 0.1) -> Exception | None:
+    """What a process has raised; waits for that for `patience` seconds."""
+    try:
+        return RuntimeError("both processes ended without an answer") if running.join(timeout=patience) else None
+    except (
+        torch.multiprocessing.ProcessExitedException,
+        torch.multiprocessing.ProcessRaisedException,
+    ) as error:
+        return error
 
 
 def _process(rank: int, port: int, task: bytes, results) -> None:
@@ -279,12 +290,12 @@ def _process(rank: int, port: int, task: bytes, results) -> None:
     worker, arguments = pickle.loads(task)
     warnings.filterwarnings("error", module="mixpool")
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        answer = worker(rank, *arguments)
-        results.put(pickle.dumps((rank, {name: tensor.detach() for name, tensor in answer.items()})))
-        torch.distributed.barrier()
-    finally:
-        torch.distributed.destroy_process_group()
+    answer = worker(rank, *arguments)
+    results.put(pickle.dumps((rank, {name: tensor.detach() for name, tensor in answer.items()})))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    # Not through the interpreter's shutdown, in which gloo's threads were once seen to abort the process.
+    os._exit(0)
 
 
 def two_training_steps(stem: nn.Module, batches: list[Tensor], upstreams: list[Tensor]) -> dict[str, Tensor]:
