@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import mixpool
+from mixpool.training.configuration import DESCRIPTION, EXAMPLES, add_options
 
 if TYPE_CHECKING:
     from mixpool.stats import FilterStats
@@ -32,6 +33,7 @@ def build_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> arg
         "  mixpool inspect squeezenet1_0 --checkpoint weights.safetensors --images photos/\n"
         "  mixpool convert resnet18 --checkpoint stock.pth --output mixed.safetensors\n"
         "  mixpool theory --images photos/ --depth 2 3\n"
+        "  mixpool train -c configs/imagenet_resnet34_finetune.yaml --data-dir imagenet\n"
         "exit codes: 0 done, 2 an error of yours in one line on stderr, 130 interrupted",
         **common,
     )
@@ -125,7 +127,18 @@ def build_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> arg
     )
     theory.add_argument("--output", metavar="DIR", default="outputs", help="folder for the results (%(default)s)")
     theory.set_defaults(run=run["theory"])
-    for command in (demo, inspect, convert, theory):
+
+    train = commands.add_parser(
+        "train",
+        help="train or fine-tune a model",
+        usage="mixpool train [-c FILE] [--KEY VALUE ...]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        **common,
+    )
+    add_options(train)
+    train.set_defaults(run=run["train"])
+    for command in (demo, inspect, convert, theory, train):
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 

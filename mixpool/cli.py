@@ -1,4 +1,4 @@
-"""The command `mixpool`: demo, inspect, convert, theory. It parses, calls and prints; the work is in the other modules.
+"""The command `mixpool`: demo, inspect, convert, theory, train. It parses, calls and prints; others do the work.
 
 What needs timm, matplotlib or rich is imported inside the commands: `--help` and errors need not wait for them.
 """
@@ -182,11 +182,19 @@ def run_theory_command(options: argparse.Namespace) -> None:
     print("\n".join(f"picture: {figure}" for figure in figures))
 
 
+def run_train_command(options: argparse.Namespace) -> None:
+    from mixpool.train import train
+    from mixpool.training.configuration import complete
+
+    train(complete(vars(options)))
+
+
 COMMANDS = {
     "demo": run_demo_command,
     "inspect": run_inspect_command,
     "convert": run_convert_command,
     "theory": run_theory_command,
+    "train": run_train_command,
 }
 
 

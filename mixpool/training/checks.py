@@ -1,0 +1,128 @@
+"""What can be found out about a run before hours are spent on it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+MIB = 2**20
+# Weights, gradients and what the optimizer keeps: none for plain SGD, two tensors for Adam and its relatives.
+MOMENTS = {"sgd": 1, "momentum": 1, "nesterov": 1, "lion": 1, "lars": 1, "rmsprop": 1}
+
+
+def classes_of(dataset) -> dict[str, int] | None:
+    """The names and labels of a data set of folders or tars; None for those that do not tell."""
+    return getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+
+
+def check_classes(train, val, num_outputs: int, has_class_map: bool) -> None:
+    """Compare the classes of both splits with each other and with the model's outputs.
+
+    Raises:
+        ValueError: they do not fit; the message says what to change.
+    """
+    names, val_names = classes_of(train), classes_of(val)
+    if names is None:
+        return
+    if val_names is not None and val_names != names and not has_class_map:
+        only = sorted(set(names) ^ set(val_names))
+        raise ValueError(
+            f"the labels of the training and the validation split differ ({len(names)} and {len(val_names)} classes; "
+            f"in one of them only: {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}): labels are numbered by "
+            "folder name, so both splits need the same folders, or a class_map"
+        )
+    num_classes = max(names.values(), default=-1) + 1
+    if num_classes > num_outputs or (num_classes != num_outputs and not has_class_map):
+        raise ValueError(
+            f"the data set has {num_classes} classes and the model {num_outputs} outputs: set num_classes: "
+            f"{num_classes}, or give a class_map (the names of all {num_outputs} classes in order)"
+        )
+
+
+def count_outputs(model: nn.Module, images: Tensor) -> int:
+    """The number of logits that a model gives for some images.
+
+    Raises:
+        ValueError: its output is no (N, classes) table of finite numbers.
+    """
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            out = model.eval()(images)
+    finally:
+        model.train(was_training)
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"expected a classifier, whose output is (N, classes), got {shape} for {tuple(images.shape)}")
+    if not torch.isfinite(out).all():
+        raise ValueError("the model's outputs on the first images are not finite: are the weights damaged?")
+    return out.shape[1]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that training will take, per process.
+
+    Attributes:
+        weights: of the weights, gradients, the optimizer's moments and the moving average.
+        activations: of what is kept for the backward pass of one batch; temporary buffers come on top.
+        available: bytes that the device has free now, None if that is unknown.
+    """
+
+    weights: int
+    activations: int
+    available: int | None
+
+    @property
+    def is_enough(self) -> bool:
+        return self.available is None or self.weights + self.activations <= self.available
+
+    def __str__(self) -> str:
+        free = "" if self.available is None else f"; {self.available / MIB:,.0f} MiB are free"
+        return (
+            f"memory, estimated: {self.weights / MIB:,.0f} MiB for weights, gradients and optimizer, "
+            f"{self.activations / MIB:,.0f} MiB for the activations of a batch{free}"
+        )
+
+
+def estimate_memory(model: nn.Module, images: Tensor, options, device: torch.device) -> MemoryEstimate:
+    """Measure what a copy of the model keeps for the backward pass of these few images, and scale to a whole batch."""
+    probe = copy.deepcopy(model).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*probe.parameters(), *probe.buffers(), images)}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    alive = []
+    generator = torch.get_rng_state()  # dropout draws from it, and a check must not change what is trained
+    with saved_tensors_hooks(lambda tensor: (alive.append(tensor), count(tensor))[1], lambda tensor: tensor):
+        probe(images)
+    torch.set_rng_state(generator)
+    moments = MOMENTS.get(options.opt.lower(), 2) if options.momentum or options.opt.lower() != "sgd" else 0
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    half = 0.5 if options.amp else 1.0
+    return MemoryEstimate(
+        weights=size * (2 + moments + options.model_ema),
+        activations=round(sum(kept.values()) * half * options.batch_size / len(images)),
+        available=_available(device),
+    )
+
+
+def _available(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # only Linux tells
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None

@@ -1,0 +1,164 @@
+"""The network of a run: built as timm's train.py builds it, converted if asked, with its stock twin as teacher."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixpool.checkpoint import converted_stems
+from mixpool.convert import convert, revert
+from mixpool.data import IMAGENET_MEAN, IMAGENET_STD
+from mixpool.loading import TORCHVISION, create_model, load_checkpoint
+
+MIXPOOL = "mixpool_"
+
+
+def build_model(options) -> nn.Module:
+    """The model of the options on the CPU, with its starting weights, before any conversion by the key `convert`.
+
+    Raises:
+        ValueError: no such model, or weights that cannot be had or do not fit.
+    """
+    for name in options.device_modules or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"cannot import {name!r} of device_modules: {error}") from error
+    import timm
+
+    if options.model.startswith(MIXPOOL):
+        import mixpool.timm_models  # noqa: F401  registers them
+    is_hub = options.model.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    if is_hub or (timm.is_model(options.model) and not options.model.startswith(TORCHVISION)):
+        model = _timm_model(options)
+    else:
+        model = _torchvision_model(options)
+    if not hasattr(model, "pretrained_cfg"):  # timm's tasks ask the models they compare how their inputs are scaled
+        model.pretrained_cfg = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": (3, 224, 224)}
+    return model.train()
+
+
+def _timm_model(options) -> nn.Module:
+    import timm
+
+    arguments = {
+        "in_chans": options.in_chans,
+        "num_classes": options.num_classes,
+        "drop_rate": options.drop,
+        "drop_path_rate": options.drop_path,
+        "drop_block_rate": options.drop_block,
+        "global_pool": options.gp,
+        "bn_momentum": options.bn_momentum,
+        "bn_eps": options.bn_eps,
+    }
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    if options.pretrained_path is not None:
+        # As in timm's script: the file stands for the published weights, whatever its number of classes.
+        arguments["pretrained_cfg_overlay"] = {"file": options.pretrained_path, "num_classes": -1}
+    try:
+        return timm.create_model(
+            options.model,
+            pretrained=options.pretrained or options.pretrained_path is not None,
+            checkpoint_path=options.initial_checkpoint or None,
+            **arguments,
+            **options.model_kwargs,
+        )
+    except Exception as error:  # hubs, files and constructors each raise their own
+        hint = "; without a network, give the weights by --pretrained-path FILE" if options.pretrained else ""
+        raise ValueError(f"cannot build {options.model!r}: {_one_line(error)}{hint}") from error
+
+
+def _torchvision_model(options) -> nn.Module:
+    unused = [
+        name
+        for name in ("in_chans", "drop", "drop_path", "drop_block", "gp", "bn_momentum", "bn_eps", "pretrained_path")
+        if getattr(options, name) is not None
+    ]
+    if unused or options.model_kwargs:
+        given = ", ".join([*unused, *(["model_kwargs"] if options.model_kwargs else [])])
+        raise ValueError(f"{options.model!r} is a model of torchvision, which does not take {given}")
+    model = create_model(options.model, pretrained=options.pretrained, num_classes=options.num_classes)
+    if options.initial_checkpoint:
+        load_checkpoint(model, options.initial_checkpoint)
+    return model
+
+
+def convert_as_asked(model: nn.Module, options, training_images: Callable[[int], Tensor]):
+    """Carry out the key `convert`; `training_images(n)` gives n of them, normalised. Returns the report or None."""
+    if options.convert is None:
+        return None
+    if converted_stems(model):
+        raise ValueError(
+            f"{options.model!r} is a converted model already: leave out `convert`, or name the stock model"
+        )
+    images = training_images(options.convert_images) if options.convert_images else None
+    try:
+        return convert(model, images=images, **options.convert)
+    except TypeError as error:
+        raise ValueError(f"`convert` takes the arguments of mixpool.convert: {error}") from error
+
+
+def stock_teacher(model: nn.Module, options) -> nn.Module | None:
+    """For `distill: stock`, the network as it was published: a copy of the starting model, its conversion undone.
+
+    Raises:
+        ValueError: the model starts from random weights, from which there is nothing to learn.
+    """
+    if options.distill is None:
+        return None
+    if not (options.pretrained or options.pretrained_path or options.initial_checkpoint):
+        raise ValueError(
+            "expected trained weights for `distill: stock`: give pretrained, pretrained_path or initial_checkpoint"
+        )
+    teacher = copy.deepcopy(model)
+    if converted_stems(teacher):
+        revert(teacher)
+    return teacher.eval().requires_grad_(False)
+
+
+def prepare(model: nn.Module, options, device: torch.device, distributed: bool) -> nn.Module:
+    """The model on its device, in its memory format, with the batch norms of all processes tied if asked."""
+    if options.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise ValueError(f"{options.model!r} cannot recompute its activations: leave out grad_checkpointing")
+        model.set_grad_checkpointing(True)
+    model.to(device)
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if distributed and options.sync_bn:
+        from timm.layers import convert_sync_batchnorm
+
+        model = convert_sync_batchnorm(model)
+    return model
+
+
+def build_task(model: nn.Module, teacher: nn.Module | None, options, device: torch.device, is_mixed: bool):
+    """timm's task, which is the loss around the model: of the labels, or of the labels and a teacher."""
+    from timm.task import ClassificationTask, LogitDistillationTask
+
+    loss: dict[str, Any] = {"smoothing": 0.0 if is_mixed else options.smoothing, "soft_targets": is_mixed}
+    if options.bce_loss:
+        loss |= {"loss_type": "bce", "bce_target_thresh": options.bce_target_thresh}
+    if teacher is None:
+        return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
+    if options.channels_last:
+        teacher.to(memory_format=torch.channels_last)
+    return LogitDistillationTask(
+        model,
+        teacher.to(device),
+        criterion_kwargs=loss,
+        distill_loss_weight=options.distill_loss_weight,
+        task_loss_weight=options.task_loss_weight,
+        temperature=options.kd_temperature,
+        device=device,
+        verbose=False,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
