@@ -105,7 +105,7 @@ GROUPS: dict[str, dict[str, Option]] = {
         "warmup_prefix": Option(bool, False, "add the warm-up to the epochs instead of taking it from them"),
         "min_lr": Option(float, 0.0, "lower bound of the learning rate"),
         "cooldown_epochs": Option(int, 0, "epochs at min_lr after the schedule"),
-        "decay_epochs": Option(float, 90, "epochs between the decays of the step schedule"),
+        "decay_epochs": Option(float, 90.0, "epochs between the decays of the step schedule"),
         "decay_milestones": Option(int, [90, 180, 270], "epochs of the decays of the multistep schedule", many="+"),
         "decay_rate": Option(float, 0.1, "factor of a decay"),
         "patience_epochs": Option(int, 10, "epochs without improvement before the plateau schedule decays"),
