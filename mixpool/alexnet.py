@@ -117,7 +117,7 @@ class AlexNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, 256, H / 32, W / 32) from images (N, in_chans, H, W) of at least 63 pixels per side, 79 with a BlurPool."""
+        """(N, 256, H / 32, W / 32) from images (N, in_chans, H, W), at least 63 pixels per side, 79 with BlurPool."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             # From one convolution to the next: the activations overwrite their input, which has to be kept.
             ends = (*CONVOLUTIONS[1:], len(self.features))

@@ -40,7 +40,9 @@ def create_model(name: str, *, pretrained: bool = False, num_classes: int | None
 
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     bare = name.removeprefix(TORCHVISION)
-    is_hub = name.startswith(("hf_hub:", "hf-hub:"))
+    is_hub = name.startswith(("hf_hub:", "hf-hub:", "local-dir:"))
+    if name.startswith("mixpool_") or is_hub:
+        import mixpool.timm_models  # noqa: F401  puts its models into timm's registry
     if not name.startswith(TORCHVISION) and (is_hub or timm.is_model(name)):
         build = timm.create_model
         options["pretrained"] = pretrained

@@ -79,9 +79,10 @@ class MixPoolModel:
         imag: "tied" or "free", as for `mixpool.convert`; default the checkpoint's, and "tied" without one.
         backend: as for `mixpool.convert`.
         init: what the stem starts from where no weights are loaded: "wavelet" or "gabor" for the bank of
-            `mixpool.initialize` in 24 of 64 channels (AlexNet: 32 of 64; the 16 packets there are for gray images
-            elsewhere), all trainable, or "none" for the stock model's random filters. The default is "wavelet" because Leterme et al. (arXiv 2212.00394) trained models
-            with these packets, there fixed, from scratch and found them more accurate than the stock ones.
+            `mixpool.initialize`, or "none" for the stock model's random filters. The bank fills 24 of 64 channels
+            (AlexNet: 32 of 64; for gray images the others have 16 wavelet packets), and all filters are trainable. The
+            default is "wavelet" because Leterme et al. (arXiv 2212.00394) trained models with these packets, there
+            fixed, from scratch and found them more accurate than the stock ones.
         aa_layer: antialiases the strided layers behind the stem: a class such as `timm.layers.BlurPool2d`, or timm's
             name "blur", "blurpc" or "avg". The stem keeps its mixed pooling.
         bn_momentum, bn_eps: for all batch norms of the model, where they are given.

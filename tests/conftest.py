@@ -69,3 +69,19 @@ def shared_data(shared: Path) -> Path:
     if not (shared / "data").is_dir():
         pytest.skip(f"needs {shared / 'data'}")
     return shared / "data"
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """The folder of a small data set, see `training_runs.write_photos`."""
+    from training_runs import write_photos
+
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def tiny_models():
+    """The networks of tests/tiny_models.py in timm's registry."""
+    import tiny_models
+
+    return tiny_models

@@ -81,11 +81,11 @@ def test_the_test_of_the_import_time_can_fail():
 
 LEVELS = [
     {"filters", "reference", "gabor", "stability", "probe", "data", "records", "theory", "dtcwpt", "dead_leaves"}
-    | {"theory_table"},
+    | {"theory_table", "alexnet", "metrics"},
     {"fused"},
     {"trial"},
     {"backend"},
-    {"comparison", "normalization", "functional", "loading", "wavelet_bank"},
+    {"comparison", "normalization", "functional", "wavelet_bank", "protocols"},
     {"prediction", "gap_parts"},
     {"stats", "experiment"},
     {"plan", "calibration", "parts"},
@@ -93,9 +93,13 @@ LEVELS = [
     {"layers", "plots"},
     {"checkpoint", "theory_plots"},
     {"convert"},
-    {"wavelet_stem"},
+    {"wavelet_stem", "stem_change"},
     {"__init__"},
-    {"demo", "arguments"},
+    {"timm_models", "evaluation"},
+    {"loading", "evaluation_data"},
+    {"demo", "evaluate", "evaluation_plots"},
+    {"training", "evaluate_command"},
+    {"train", "arguments"},
     {"cli"},
     {"__main__"},
 ]
@@ -144,6 +148,14 @@ def test_the_fused_path_imports_lower_levels_only():
     assert len(sources) > 5
     below = {name for names in LEVELS[: LEVELS.index({"fused"})] for name in names}
     assert [imported_modules(source) - {"fused"} - below for source in sources] == [set()] * len(sources)
+
+
+def test_the_parts_of_training_import_lower_levels_only():
+    sources = [path.read_text() for path in (PACKAGE / "training").glob("*.py")]
+    assert len(sources) > 5
+    level = next(i for i, names in enumerate(LEVELS) if "training" in names)
+    below = {name for names in LEVELS[:level] for name in names}
+    assert [imported_modules(source) - {"training"} - below for source in sources] == [set()] * len(sources)
 
 
 def test_the_test_of_the_levels_can_fail():

@@ -15,64 +15,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from PIL import Image
 from timm.data import ImageDataset, create_transform
+from training_runs import arguments
 
 from mixpool.train import train
 from mixpool.training.configuration import parse
 
-# timm leaves the image files that it has read to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = pytest.mark.usefixtures("tiny_models")
 TESTS = Path(__file__).parent
-CLASSES = ("cat", "dog", "frog", "ship")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """24 training and 10 validation images of 40 pixels in four classes that differ in colour and stripes."""
-    folder = tmp_path_factory.mktemp("photos")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 6), ("validation", 3)):
-        for label, name in enumerate(CLASSES):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count - (split == "validation" and label >= 2)):
-                pixels = torch.rand(40, 40, 3, generator=generator) * 120
-                pixels[:, :: label + 2] += 100
-                Image.fromarray(pixels.byte().numpy()).save(folder / split / name / f"{number}.png")
-    return folder
-
-
-def arguments(photos: Path, output: Path, **settings) -> list[str]:
-    """The command line of a run of three epochs of three updates."""
-    settings = {
-        "device_modules": "tiny_models",
-        "model": "tiny_stem",
-        "data_dir": photos,
-        "output": output,
-        "experiment": "run",
-        "device": "cpu",
-        "workers": 0,
-        "batch_size": 8,
-        "epochs": 3,
-        "warmup_epochs": 0,
-        "lr": 0.05,
-        "log_interval": 1,
-    } | settings
-    found = []
-    for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
-        if value is False:
-            found.append("--no-" + flag[2:])
-        else:
-            found += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    return found
-
-
-@pytest.fixture(autouse=True)
-def tiny_models(monkeypatch):
-    monkeypatch.syspath_prepend(str(TESTS))
 
 
 def run(photos: Path, output: Path, **settings) -> dict:

@@ -140,6 +140,7 @@ def prepare(model: nn.Module, options, device: torch.device, distributed: bool) 
 def build_task(model: nn.Module, teacher: nn.Module | None, options, device: torch.device, is_mixed: bool):
     """timm's task, which is the loss around the model: of the labels, or of the labels and a teacher."""
     from timm.task import ClassificationTask, LogitDistillationTask
+    from timm.task import DistillationTeacher
 
     loss: dict[str, Any] = {"smoothing": 0.0 if is_mixed else options.smoothing, "soft_targets": is_mixed}
     if options.bce_loss:
@@ -150,7 +151,7 @@ def build_task(model: nn.Module, teacher: nn.Module | None, options, device: tor
         teacher.to(memory_format=torch.channels_last)
     return LogitDistillationTask(
         model,
-        teacher.to(device),
+        DistillationTeacher(teacher.to(device), device=device),  # else timm asks the model for what only its own know
         criterion_kwargs=loss,
         distill_loss_weight=options.distill_loss_weight,
         task_loss_weight=options.task_loss_weight,
