@@ -7,8 +7,6 @@ It runs on a CPU, on a GPU and, under torchrun, on several of them and several n
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +16,12 @@ import torch
 
 from mixpool import records
 from mixpool.training import checkpoint
+from mixpool.training.curves import draw_curves, write_summary
 from mixpool.training.loop import train_one_epoch, validate
 from mixpool.training.options import OPTIONS
 from mixpool.training.run import Position, Run, set_up
 
-RECORD, SUMMARY = "record.jsonl", "summary.csv"
+RECORD = "record.jsonl"
 DRY_RUN_BATCHES = 2
 
 
@@ -30,7 +29,7 @@ def train(options) -> dict[str, Any]:
     """Carry out a run, from its start or from where it was cut; returns its record.
 
     Writes into `output/experiment`: last.pth.tar (the whole state, after every epoch), model_best.pth.tar, summary.csv
-    (one row per epoch) and, at the end, record.jsonl.
+    (one row per epoch), curves.png and, at the end, record.jsonl.
 
     Args:
         options: what `mixpool.training.configuration.parse` returns.
@@ -118,7 +117,8 @@ def _finish_epoch(run: Run, log: Callable[[str], None]) -> None:
     # The best one first: killed in between, the epoch is trained again and gives the same file.
     _save(run, also_as_best=is_better)
     if run.is_primary:
-        _write_summary(run.folder / SUMMARY, position.history)
+        write_summary(run.folder, position.history)
+        draw_curves(run.folder, position.history, f"{options.model}, {run.folder.name}")
 
 
 def _finish(run: Run, log: Callable[[str], None]) -> dict[str, Any]:
@@ -249,17 +249,6 @@ def _mean_loss(run: Run) -> float:
         torch.distributed.all_reduce(totals)
     loss_sum, num_images = totals.tolist()
     return loss_sum / num_images
-
-
-def _write_summary(path: Path, history: list[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for row in history for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text.getvalue())
-    partial.replace(path)
 
 
 def _shown(found: dict[str, float]) -> str:

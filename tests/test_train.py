@@ -84,6 +84,7 @@ def test_a_run_learns_and_writes_what_it_says(photos, tmp_path, capsys):
     record = run(photos, tmp_path, epochs=8, color_jitter=0, smoothing=0)
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "curves.png",
         "last.pth.tar",
         "model_best.pth.tar",
         "record.jsonl",

@@ -139,8 +139,7 @@ def prepare(model: nn.Module, options, device: torch.device, distributed: bool) 
 
 def build_task(model: nn.Module, teacher: nn.Module | None, options, device: torch.device, is_mixed: bool):
     """timm's task, which is the loss around the model: of the labels, or of the labels and a teacher."""
-    from timm.task import ClassificationTask, LogitDistillationTask
-    from timm.task import DistillationTeacher
+    from timm.task import ClassificationTask, DistillationTeacher, LogitDistillationTask
 
     loss: dict[str, Any] = {"smoothing": 0.0 if is_mixed else options.smoothing, "soft_targets": is_mixed}
     if options.bce_loss:
