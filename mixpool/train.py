@@ -191,6 +191,7 @@ def _resume(run: Run, log: Callable[[str], None]) -> None:
         ValueError: it belongs to another run, or to another number of processes.
     """
     path = Path(run.options.resume) if run.options.resume else run.folder / checkpoint.LAST
+    _check_all_see(run, path)
     if not path.exists():
         if run.options.resume:
             raise FileNotFoundError(f"expected a checkpoint to resume from, but {path} does not exist")
@@ -217,6 +218,23 @@ def _resume(run: Run, log: Callable[[str], None]) -> None:
     run.position = Position(**state["run"]["position"])
     checkpoint.set_generator_states(generators[run.rank], run.device)
     log(f"continuing {path} at epoch {run.position.epoch}, batch {run.position.batch}")
+
+
+def _check_all_see(run: Run, path: Path) -> None:
+    """All processes have to start from the same file: only the first one writes it, on the disk of its own node.
+
+    Raises:
+        ValueError: some processes have the file and some do not, or it differs.
+    """
+    if not run.is_distributed:
+        return
+    mine = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
+    everyone = [None] * run.world_size
+    torch.distributed.all_gather_object(everyone, mine)
+    if any(other != everyone[0] for other in everyone):
+        missing = [rank for rank, other in enumerate(everyone) if other is None]
+        what = f"processes {missing} do not find it" if missing else "it is not the same file for all processes"
+        raise ValueError(f"cannot continue {path}: {what}; expected --output on a disk that all nodes share")
 
 
 def _settings(options) -> dict[str, Any]:

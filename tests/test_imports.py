@@ -96,7 +96,7 @@ LEVELS = [
     {"wavelet_stem", "stem_change"},
     {"__init__"},
     {"timm_models", "evaluation"},
-    {"loading", "evaluation_data"},
+    {"loading", "timm_run", "evaluation_data"},
     {"demo", "evaluate", "evaluation_plots"},
     {"training", "evaluate_command"},
     {"train", "arguments"},

@@ -212,7 +212,7 @@ def _loader(dataset: Dataset, options, data_config: dict[str, Any], **arguments)
         dataset,
         num_workers=options.workers,
         collate_fn=fast_collate if prefetches else None,
-        pin_memory=options.pin_mem,
+        pin_memory=options.pin_mem and options.device.startswith("cuda"),  # else torch warns that it does nothing
         persistent_workers=options.workers > 0,
         generator=torch.Generator(),  # else each pass would draw the workers' seed from the generator of the training
         **arguments,
