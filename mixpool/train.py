@@ -7,26 +7,24 @@ It runs on a CPU, on a GPU and, under torchrun, on several of them and several n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mixpool import records
-from mixpool.training import checkpoint
 from mixpool.training.curves import draw_curves, write_summary
+from mixpool.training.data import unreadable
 from mixpool.training.loop import train_one_epoch, validate
-from mixpool.training.options import OPTIONS
-from mixpool.training.run import Position, Run, set_up
+from mixpool.training.run import Run, set_up
+from mixpool.training.saving import RECORD, own_folder, resume, save, settings
 
-RECORD = "record.jsonl"
 DRY_RUN_BATCHES = 2
 
 
 def train(options) -> dict[str, Any]:
-    """Carry out a run, from its start or from where it was cut; returns its record.
+    """Carry out a run, from its start or from where it was cut; returns its record, empty if it is not at its end.
 
     Writes into `output/experiment`: last.pth.tar (the whole state, after every epoch), model_best.pth.tar, summary.csv
     (one row per epoch), curves.png and, at the end, record.jsonl.
@@ -35,41 +33,41 @@ def train(options) -> dict[str, Any]:
         options: what `mixpool.training.configuration.parse` returns.
     Raises:
         ValueError, FileNotFoundError: something does not fit; known before the first step.
+        DivergedError: a ValueError, too: the loss or a weight is not finite; the last checkpoint is from before that.
     """
     from timm.utils.distributed import init_distributed_device_so
 
     _check_timm()
     started_here = not torch.distributed.is_initialized()
     try:
+        torch.device(options.device)
         found = init_distributed_device_so(options.device)
-    except AssertionError as error:
-        raise ValueError(f"{error}: give --device cpu") from error
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"cannot use the device {options.device!r} ({_one_line(error)}): give --device cpu") from error
     options.device = found["device"]
     try:
-        return _train(options, torch.device(found["device"]), found["global_rank"], found["world_size"])
+        run = set_up(options, torch.device(options.device), found["global_rank"], found["world_size"])
+        log = _log if run.is_primary else _say_nothing
+        for fact in run.facts:
+            log(fact)
+        if options.dry_run:
+            return _dry_run(run, log)
+        with own_folder(run):
+            return _train(run, log)
     finally:
         if found["distributed"] and started_here:
             torch.distributed.destroy_process_group()
 
 
-def _train(options, device: torch.device, rank: int, world_size: int) -> dict[str, Any]:
-    run = set_up(options, device, rank, world_size)
-    log = _log if run.is_primary else _say_nothing
-    for fact in run.facts:
-        log(fact)
-    if options.dry_run:
-        return _dry_run(run, log)
-    if run.is_primary:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_partial(run.folder)
-        if options.restart:
-            (run.folder / checkpoint.LAST).unlink(missing_ok=True)
-    _barrier(run)
-    _resume(run, log)
-    position = run.position
+def _train(run: Run, log: Callable[[str], None]) -> dict[str, Any]:
+    resume(run, log)
+    position, options = run.position, run.options
+    if position.epoch >= run.num_epochs and (run.folder / RECORD).exists():
+        log(f"{run.folder} is finished: nothing to train")
+        return next(records.read(run.folder / RECORD))
     stop = min(run.num_epochs, position.epoch + options.stop_after if options.stop_after else run.num_epochs)
     while position.epoch < stop:
-        train_one_epoch(run, save=lambda: _save(run), log=log)
+        train_one_epoch(run, save=lambda: save(run), log=log)
         _finish_epoch(run, log)
     if position.epoch < run.num_epochs:
         log(f"stopped after epoch {position.epoch - 1} of {run.num_epochs}; the same command goes on from here")
@@ -86,14 +84,9 @@ def _finish_epoch(run: Run, log: Callable[[str], None]) -> None:
         distribute_bn(run.model, run.world_size, options.dist_bn == "reduce")
         if options.model_ema:
             distribute_bn(run.task.get_eval_model(ema=True), run.world_size, options.dist_bn == "reduce")
-    is_last = position.epoch == run.num_epochs - 1
-    row = {
-        "epoch": position.epoch,
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "train_loss": _mean_loss(run),
-    }
+    row = {"epoch": position.epoch, "lr": run.learning_rate, "train_loss": _mean_loss(run)}
     metric = None
-    if (position.epoch + 1) % options.val_interval == 0 or is_last:
+    if (position.epoch + 1) % options.val_interval == 0 or position.epoch == run.num_epochs - 1:
         found = validate(run)
         row |= {f"val_{name}": value for name, value in found.items()}
         text = _shown(found)
@@ -106,38 +99,45 @@ def _finish_epoch(run: Run, log: Callable[[str], None]) -> None:
     position.history.append(row)
     if run.scheduler is not None:
         run.scheduler.step(position.epoch + 1, metric)
-    best = position.best_metric
-    is_better = metric is not None and (
-        best is None or (metric < best if options.eval_metric == "loss" else metric > best)
-    )
+    is_better = metric is not None and _is_better(metric, position.best_metric, options.eval_metric)
     if is_better:
         position.best_metric, position.best_epoch = metric, position.epoch
     position.epoch, position.batch = position.epoch + 1, 0
     position.loss_sum, position.num_images = 0.0, 0
-    # The best one first: killed in between, the epoch is trained again and gives the same file.
-    _save(run, also_as_best=is_better)
+    save(run, also_as_best=is_better)
     if run.is_primary:
         write_summary(run.folder, position.history)
         draw_curves(run.folder, position.history, f"{options.model}, {run.folder.name}")
 
 
+def _is_better(metric: float, best: float | None, name: str) -> bool:
+    if not math.isfinite(metric):
+        return False
+    return best is None or (metric < best if name == "loss" else metric > best)
+
+
 def _finish(run: Run, log: Callable[[str], None]) -> dict[str, Any]:
-    position, last = run.position, run.position.history[-1]
+    position, last, name = run.position, run.position.history[-1], run.options.eval_metric
+    skipped = {"train": unreadable(run.train_loader), "val": unreadable(run.val_loader)}
     record = records.stamp(
         "training",
         model=run.options.model,
-        settings=_settings(run.options),
+        settings=settings(run.options),
         num_processes=run.world_size,
-        num_train=run.train_loader.dataset.__len__(),
-        num_val=len(run.val_loader.dataset),
+        **run.dataset,
+        skipped_images=skipped,
         epochs=run.num_epochs,
-        final={name: value for name, value in last.items() if name.startswith(("val_", "ema_", "train_"))},
-        best={"metric": run.options.eval_metric, "value": position.best_metric, "epoch": position.best_epoch},
+        final={key: value for key, value in last.items() if key.startswith(("val_", "ema_", "train_"))},
+        best={"metric": name, "value": position.best_metric, "epoch": position.best_epoch},
         history=position.history,
     )
     if run.is_primary:
         records.write(run.folder / RECORD, [record])
-    log(f"done: best {run.options.eval_metric} {position.best_metric:.2f} at epoch {position.best_epoch}; {run.folder}")
+    for split, names in skipped.items():
+        if names:
+            log(f"warning: {len(names)} {split} image(s) could not be read and were skipped, first {names[0]}")
+    best = "never finite" if position.best_metric is None else f"{position.best_metric:.2f} at {position.best_epoch}"
+    log(f"done: best {name} {best}; {run.folder}")
     return record
 
 
@@ -148,116 +148,6 @@ def _dry_run(run: Run, log: Callable[[str], None]) -> dict[str, Any]:
     log(f"dry run: {run.position.batch} training and up to {DRY_RUN_BATCHES} validation batches: {_shown(found)}")
     log(f"it would train {run.num_epochs} epochs and write to {run.folder}")
     return {}
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def _save(run: Run, also_as_best: bool = False) -> None:
-    """Write the state of all processes; only the first one writes, all have to call."""
-    generators = checkpoint.generator_states(run.device)
-    everyone = [generators]
-    if run.is_distributed:
-        everyone = [None] * run.world_size
-        torch.distributed.all_gather_object(everyone, generators)
-    if run.is_primary:
-        state = {
-            "epoch": run.position.epoch - 1 if run.position.batch == 0 else run.position.epoch,
-            "arch": run.options.model,
-            "version": 2,  # of timm's format
-            "args": _settings(run.options),
-            "optimizer": run.optimizer.state_dict(),
-            "metric": run.position.best_metric,
-            **run.task.get_checkpoint_state(),
-            **(run.task.get_checkpoint_state(ema=True) if run.options.model_ema else {}),
-            **({run.scaler.state_dict_key: run.scaler.state_dict()} if run.scaler is not None else {}),
-            "run": {
-                "position": asdict(run.position),
-                "scheduler": _plain(run.scheduler.state_dict()) if run.scheduler is not None else {},
-                "generators": everyone,
-                "settings": _binding(run.options),
-            },
-        }
-        if also_as_best:
-            checkpoint.save(run.folder / checkpoint.BEST, state)
-        checkpoint.save(run.folder / checkpoint.LAST, state)
-    _barrier(run)
-
-
-def _resume(run: Run, log: Callable[[str], None]) -> None:
-    """Go back to the state of the last checkpoint, if there is one.
-
-    Raises:
-        ValueError: it belongs to another run, or to another number of processes.
-    """
-    path = Path(run.options.resume) if run.options.resume else run.folder / checkpoint.LAST
-    _check_all_see(run, path)
-    if not path.exists():
-        if run.options.resume:
-            raise FileNotFoundError(f"expected a checkpoint to resume from, but {path} does not exist")
-        return
-    state = checkpoint.load(path)
-    before, now = state["run"]["settings"], _binding(run.options)
-    changed = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
-    if changed:
-        raise ValueError(
-            f"{path} was trained with other options ({'; '.join(changed)}): give them again, another --experiment, "
-            "or --restart to forget it"
-        )
-    generators = state["run"]["generators"]
-    if len(generators) != run.world_size:
-        raise ValueError(f"{path} was written by {len(generators)} process(es), this run has {run.world_size}")
-    run.task.load_checkpoint_state(state["state_dict"])
-    if run.options.model_ema:
-        run.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.scaler is not None:
-        run.scaler.load_state_dict(state[run.scaler.state_dict_key])
-    if run.scheduler is not None:
-        run.scheduler.load_state_dict(state["run"]["scheduler"])
-    run.position = Position(**state["run"]["position"])
-    checkpoint.set_generator_states(generators[run.rank], run.device)
-    log(f"continuing {path} at epoch {run.position.epoch}, batch {run.position.batch}")
-
-
-def _check_all_see(run: Run, path: Path) -> None:
-    """All processes have to start from the same file: only the first one writes it, on the disk of its own node.
-
-    Raises:
-        ValueError: some processes have the file and some do not, or it differs.
-    """
-    if not run.is_distributed:
-        return
-    mine = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
-    everyone = [None] * run.world_size
-    torch.distributed.all_gather_object(everyone, mine)
-    if any(other != everyone[0] for other in everyone):
-        missing = [rank for rank, other in enumerate(everyone) if other is None]
-        what = f"processes {missing} do not find it" if missing else "it is not the same file for all processes"
-        raise ValueError(f"cannot continue {path}: {what}; expected --output on a disk that all nodes share")
-
-
-def _settings(options) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in OPTIONS}
-
-
-def _binding(options) -> dict[str, Any]:
-    """The options on which the weights depend, so that a run cannot go on with others."""
-    return {name: getattr(options, name) for name, option in OPTIONS.items() if not option.is_free}
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """What of a schedule's state is numbers and lists; the rest follows from the options."""
-    return {name: value for name, value in state.items() if _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-# --- small things -----------------------------------------------------------------------------------------------------
 
 
 def _mean_loss(run: Run) -> float:
@@ -273,17 +163,16 @@ def _shown(found: dict[str, float]) -> str:
     return f"loss {found['loss']:.4f}, top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %"
 
 
-def _barrier(run: Run) -> None:
-    if run.is_distributed:
-        torch.distributed.barrier()
-
-
 def _log(text: str) -> None:
     print(text, flush=True)
 
 
 def _say_nothing(text: str) -> None:
     pass
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _check_timm() -> None:

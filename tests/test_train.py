@@ -84,6 +84,7 @@ def test_a_run_learns_and_writes_what_it_says(photos, tmp_path, capsys):
     record = run(photos, tmp_path, epochs=8, color_jitter=0, smoothing=0)
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "curves.png",
         "last.pth.tar",
         "model_best.pth.tar",
@@ -141,6 +142,27 @@ def test_a_run_killed_at_any_moment_ends_at_the_same_weights(photos, tmp_path):
     assert any(has_checkpoint) and "continuing" in text
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert (tmp_path / "whole/run/summary.csv").read_text() == (tmp_path / "cut/run/summary.csv").read_text()
+
+
+def test_two_processes_killed_within_an_epoch_end_at_the_same_weights(photos, tmp_path):
+    """Also the running statistics, of which every process has its own until the end of an epoch, and the losses."""
+    settings = {"model": "tiny_norm", "model_ema": True, "model_ema_decay": 0.9, "epochs": 30, "batch_size": 2}
+    settings |= {"recovery_interval": 1, "val_interval": 10, "log_interval": 100}
+    finish(start(photos, tmp_path / "whole", processes=2, **settings))
+    running = start(photos, tmp_path / "cut", processes=2, **settings)
+    last = tmp_path / "cut/run/last.pth.tar"
+    while not last.exists() and running.poll() is None:
+        time.sleep(0.05)
+    time.sleep(random.uniform(0, 0.5))
+    os.killpg(running.pid, signal.SIGKILL)
+    running.communicate()
+    text = finish(start(photos, tmp_path / "cut", processes=2, **settings))
+    assert "continuing" in text
+    for entry in ("state_dict", "state_dict_ema"):
+        assert_equal(weights(tmp_path / "whole", entry=entry), weights(tmp_path / "cut", entry=entry))
+    assert (tmp_path / "whole/run/summary.csv").read_text() == (tmp_path / "cut/run/summary.csv").read_text()
+    record = json.loads((tmp_path / "cut/run/record.jsonl").read_text())
+    assert (record["num_train"], record["num_val"]) == (24, 10)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2], ids=["", "accumulated"])

@@ -8,28 +8,38 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from mixpool.evaluation_data import Images
 from mixpool.training import checkpoint
-from mixpool.training.checks import check_classes, count_outputs, estimate_memory
-from mixpool.training.data import BatchOrder, SeededImages
+from mixpool.training.checks import count_outputs, estimate_memory
+from mixpool.training.data import BatchOrder, TrainingImages
+from mixpool.training.splits import check_classes
 
 
-class Draws(Dataset):
-    """What a random transform of each image would draw, from every generator that transforms use."""
+class Blank:
+    """37 images whose class is their number."""
 
     def __len__(self):
         return 37
 
     def __getitem__(self, position):
-        return torch.tensor([position, random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64)
+        return Image.new("RGB", (1, 1)), position
+
+
+def draws(image):
+    """What a random transform would draw, from every generator that transforms use."""
+    return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64)
 
 
 def epoch(number: int, *, workers: int = 0, start: int = 0, rank: int = 0, world_size: int = 1, size: int = 8):
     order = BatchOrder(37, size, seed=3, rank=rank, world_size=world_size)
     order.epoch, order.start = number, start
-    return list(DataLoader(SeededImages(Draws(), seed=3), batch_sampler=order, num_workers=workers))
+    images = TrainingImages(Images(Blank()), draws, channels=3, on_error="raise", seed=3)
+    batches = DataLoader(images, batch_sampler=order, num_workers=workers)
+    return [torch.cat([labels[:, None], drawn], dim=1) for drawn, labels in batches]
 
 
 def test_workers_and_what_was_drawn_before_do_not_matter():
@@ -66,7 +76,7 @@ def test_the_training_process_keeps_its_own_generators():
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     expected = random.random(), np.random.rand(), torch.rand(()).item()
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    SeededImages(Draws(), seed=0)[(0, 3)]
+    TrainingImages(Images(Blank()), draws, channels=3, on_error="raise", seed=0)[(0, 3)]
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
 
 

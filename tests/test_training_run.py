@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 import torchvision
+from filelock import FileLock
 from training_runs import CLASSES, arguments
 
 import mixpool
 from mixpool.checkpoint import converted_stems
-from mixpool.train import train
+from mixpool.train import _is_better, train
 from mixpool.training.configuration import parse
-from mixpool.training.model import build_model, stock_teacher
 from mixpool.training.run import experiment_name, learning_rate, set_up
 
 CPU = torch.device("cpu")
@@ -64,8 +68,8 @@ def test_a_stock_model_can_be_converted_with_training_images(photos, tmp_path, c
     "settings, message",
     [
         ({"model": "resnet9000"}, "neither timm nor torchvision has a model named 'resnet9000'"),
-        ({"data_dir": "nowhere"}, "data_dir nowhere does not exist"),
-        ({"val_split": "test"}, "cannot open the split 'test'"),
+        ({"data_dir": "nowhere"}, "but nowhere does not exist"),
+        ({"val_split": "test"}, "expected a folder 'test'"),
         ({"num_classes": 7}, "4 classes and the model 7 outputs: set num_classes: 4"),
         ({"batch_size": 25}, "expected at least 25 training images for one step of 1 x 25, found 24"),
         ({"distill": "stock"}, "expected trained weights for `distill: stock`"),
@@ -74,10 +78,16 @@ def test_a_stock_model_can_be_converted_with_training_images(photos, tmp_path, c
         ({"model_kwargs": ("converted=false",), "convert_images": 30, "convert": ("blur=3",)}, "expected 30 training"),
         ({"device_modules": "no_such_module"}, "cannot import 'no_such_module'"),
         ({"opt": "newton"}, "cannot build the optimizer 'newton'"),
-        ({"sched": "sudden"}, "cannot build the schedule 'sudden'"),
+        ({"sched": "sudden"}, "invalid choice: 'sudden'"),
         ({"mixup": 0.2, "batch_size": 7}, "expected an even batch_size"),
         ({"grad_checkpointing": True}, "cannot recompute its activations"),
         ({"initial_checkpoint": "nowhere.pth"}, "cannot build 'tiny_stem'"),
+        ({"device_modules": "tiny_models", "aa": "nonsense"}, "cannot build the transform"),
+        ({"mean": (0.5, 0.5)}, "do not fit the model"),
+        ({"opt_betas": (0.9,), "opt": "adamw"}, "cannot build the optimizer 'adamw'"),
+        ({"torchcompile": "nonsense"}, "expected torchcompile to be one of"),
+        ({"in_chans": 4}, "expected a model of gray or colour images (1 or 3 channels), got one of 4"),
+        ({"val_split": "train"}, "are the same images"),
         ({"dataset": "hfds/nothing", "data_dir": "nowhere"}, "hfds/nothing"),
     ],
 )
@@ -89,8 +99,6 @@ def test_what_is_found_out_before_the_first_step(photos, tmp_path, settings, mes
 
 
 def test_other_folders_in_both_splits_are_an_error(photos, tmp_path):
-    import shutil
-
     shutil.copytree(photos, tmp_path / "data")
     shutil.rmtree(tmp_path / "data/validation" / CLASSES[1])
     with pytest.raises(ValueError, match="in one of them only: dog"):
@@ -127,31 +135,114 @@ def test_the_folder_of_a_command_is_always_the_same(tmp_path):
 
 def test_a_run_goes_on_only_as_the_same_run(photos, tmp_path):
     train(options(photos, tmp_path, stop_after=1))
-    with pytest.raises(ValueError, match="other options .lr 0.05 -> 0.1.*--restart"):
+    with pytest.raises(ValueError, match="other options or data .lr 0.05 -> 0.1.*--restart"):
         train(options(photos, tmp_path, lr=0.1))
     train(options(photos, tmp_path, stop_after=1, workers=1, log_interval=7))  # these do not matter
-    record = train(options(photos, tmp_path, lr=0.1, restart=True))
+    other = tmp_path / "other"
+    shutil.copytree(photos, other)
+    next((other / "train").rglob("*.png")).unlink()
+    with pytest.raises(ValueError, match="num_train 24 -> 23"):
+        train(options(other, tmp_path))
+
+
+def test_a_restart_forgets_the_earlier_run(photos, tmp_path):
+    train(options(photos, tmp_path))
+    record = train(options(photos, tmp_path, lr=0.1, restart=True, stop_after=1))
+    assert record == {}
+    found = {path.name for path in (tmp_path / "run").iterdir()} - {".lock"}
+    assert found == {"last.pth.tar", "model_best.pth.tar", "summary.csv", "curves.png"}, "the record was of the other"
+    record = train(options(photos, tmp_path, lr=0.1))
     assert len(record["history"]) == 3 and record["history"][0]["lr"] == pytest.approx(0.1)
+
+
+def test_a_file_to_resume_from_only_starts_an_empty_folder(photos, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.pth.tar does not exist"):
         train(options(photos, tmp_path, resume="nowhere.pth.tar"))
+    train(options(photos, tmp_path, stop_after=1))
+    shutil.copy(tmp_path / "run/last.pth.tar", tmp_path / "seed.pth.tar")
+    asked = {"experiment": "second", "resume": tmp_path / "seed.pth.tar", "stop_after": 1}
+    for epochs in (2, 3):
+        train(options(photos, tmp_path, **asked))
+        state = torch.load(tmp_path / "second/last.pth.tar", weights_only=True)
+        assert state["run"]["position"]["epoch"] == epochs
+    with pytest.raises(ValueError, match="restart, which forgets, or resume"):
+        options(photos, tmp_path, restart=True, resume="x")
+
+
+def test_two_runs_do_not_share_a_folder(photos, tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run/.lock"), pytest.raises(ValueError, match="another run is writing"):
+        train(options(photos, tmp_path))
+    train(options(photos, tmp_path, stop_after=1))
 
 
 def test_a_finished_run_says_so_and_trains_no_more(photos, tmp_path, capsys):
     first = train(options(photos, tmp_path))
     capsys.readouterr()
     again = train(options(photos, tmp_path))
-    assert again["final"] == first["final"] and "images/s" not in capsys.readouterr().out
+    assert again == first and "images/s" not in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(photos, tmp_path):
+@pytest.fixture
+def damaged(photos, tmp_path):
+    """The small data set, one training and one validation image of which cannot be read."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(photos, folder)
+    for split in ("train", "validation"):
+        (folder / split / "cat" / "1.png").write_bytes(b"\x89PNG not")
+    return folder
+
+
+def test_images_that_cannot_be_read_are_named(damaged, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read .*cat/1.png.*--on-error skip"):
+        train(options(damaged, tmp_path))
+    record = train(options(damaged, tmp_path, on_error="skip", workers=1))
+    assert [[Path(name).name for name in names] for names in record["skipped_images"].values()] == [["1.png"]] * 2
+    # Nine of ten validation images are left: any accuracy is a multiple of a ninth.
+    assert record["final"]["val_top1"] * 9 / 100 == pytest.approx(round(record["final"]["val_top1"] * 9 / 100))
+
+
+def test_gray_images(photos, tmp_path):
+    run = set_up(options(photos, tmp_path, in_chans=1), CPU, 0, 1)
+    images, labels = next(iter(run.train_loader))
+    assert images.shape == (8, 1, 32, 32) and run.model(images).shape == (8, 4)
+
+
+def test_images_that_the_class_map_would_lose_are_an_error(photos, tmp_path):
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES[:3]))
+    asked = {"class_map": tmp_path / "classes.txt", "num_classes": 3}
+    with pytest.raises(ValueError, match=r"6 image\(s\) of the split 'train'.*'ship' is not in the class map"):
+        set_up(options(photos, tmp_path, **asked), CPU, 0, 1)
+    assert set_up(options(photos, tmp_path, on_error="skip", **asked), CPU, 0, 1).dataset["num_train"] == 18
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(photos, tmp_path):
     train(options(photos, tmp_path, stop_after=1))
-    before = (tmp_path / "run" / "last.pth.tar").read_bytes()
     state = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=True)
     state["state_dict"]["head.weight"][0, 0] = torch.nan
     torch.save(state, tmp_path / "poisoned.pth.tar")
     with pytest.raises(ValueError, match="the loss is not finite in epoch 1"):
-        train(options(photos, tmp_path, resume=tmp_path / "poisoned.pth.tar"))
+        train(options(photos, tmp_path, resume=tmp_path / "poisoned.pth.tar", experiment="poisoned"))
+    assert not (tmp_path / "poisoned" / "last.pth.tar").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(photos, tmp_path, monkeypatch):
+    """The last gradient of an epoch is bad: the loss of that epoch was fine, and so are those in the log."""
+    train(options(photos, tmp_path, stop_after=1))
+    before = (tmp_path / "run" / "last.pth.tar").read_bytes()
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(torch.inf))
+    with pytest.raises(ValueError, match="not finite"):
+        train(options(photos, tmp_path, batch_size=24, experiment="one update per epoch"))
+    assert not (tmp_path / "one update per epoch" / "last.pth.tar").exists()
+    with pytest.raises(ValueError, match="not finite"):
+        train(options(photos, tmp_path))
     assert (tmp_path / "run" / "last.pth.tar").read_bytes() == before
+
+
+@pytest.mark.parametrize("metric, best", [("top1", None), ("top1", 50.0), ("loss", None), ("loss", 1.0)])
+def test_nothing_that_is_not_finite_is_the_best(metric, best):
+    assert not _is_better(math.nan, best, metric) and not _is_better(math.inf, best, metric)
+    assert _is_better(60.0, best, metric) == (metric == "top1" or best is None)
 
 
 def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):

@@ -44,12 +44,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_partial(folder: Path) -> None:
-    """Delete what a process that was killed while it wrote has left."""
-    for path in folder.glob(".*.partial"):
-        path.unlink(missing_ok=True)
-
-
 def load(path: Path) -> dict[str, Any]:
     """The state in a checkpoint of ours.
 

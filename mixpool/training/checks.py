@@ -15,35 +15,6 @@ MIB = 2**20
 MOMENTS = {"sgd": 1, "momentum": 1, "nesterov": 1, "lion": 1, "lars": 1, "rmsprop": 1}
 
 
-def classes_of(dataset) -> dict[str, int] | None:
-    """The names and labels of a data set of folders or tars; None for those that do not tell."""
-    return getattr(getattr(dataset, "reader", None), "class_to_idx", None)
-
-
-def check_classes(train, val, num_outputs: int, has_class_map: bool) -> None:
-    """Compare the classes of both splits with each other and with the model's outputs.
-
-    Raises:
-        ValueError: they do not fit; the message says what to change.
-    """
-    names, val_names = classes_of(train), classes_of(val)
-    if names is None:
-        return
-    if val_names is not None and val_names != names and not has_class_map:
-        only = sorted(set(names) ^ set(val_names))
-        raise ValueError(
-            f"the labels of the training and the validation split differ ({len(names)} and {len(val_names)} classes; "
-            f"in one of them only: {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}): labels are numbered by "
-            "folder name, so both splits need the same folders, or a class_map"
-        )
-    num_classes = max(names.values(), default=-1) + 1
-    if num_classes > num_outputs or (num_classes != num_outputs and not has_class_map):
-        raise ValueError(
-            f"the data set has {num_classes} classes and the model {num_outputs} outputs: set num_classes: "
-            f"{num_classes}, or give a class_map (the names of all {num_outputs} classes in order)"
-        )
-
-
 def count_outputs(model: nn.Module, images: Tensor) -> int:
     """The number of logits that a model gives for some images.
 
@@ -54,6 +25,10 @@ def count_outputs(model: nn.Module, images: Tensor) -> int:
     try:
         with torch.no_grad():
             out = model.eval()(images)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model cannot take images {tuple(images.shape)}: {' '.join(str(error).split())}"
+        ) from error
     finally:
         model.train(was_training)
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,16 @@ def _check_ranges(settings: dict[str, Any]) -> None:
     for name in ("workers", "recovery_interval", "stop_after", "convert_images", "warmup_epochs"):
         if settings[name] < 0:
             raise ValueError(f"expected {name} not to be negative, got {settings[name]}")
+    for name in ("smoothing", "reprob", "hflip", "vflip", "mixup_prob", "mixup_switch_prob"):
+        if not 0 <= settings[name] <= 1:
+            raise ValueError(f"expected {name} to be a share from 0 to 1, got {settings[name]}")
+    for name in ("mixup", "cutmix", "weight_decay", "min_lr", "lr", "lr_base"):
+        if settings[name] is not None and not 0 <= settings[name] < math.inf:
+            raise ValueError(f"expected {name} to be a finite number that is not negative, got {settings[name]}")
+    if settings["on_error"] not in ("raise", "skip"):
+        raise ValueError(f"expected on_error to be 'raise' or 'skip', got {settings['on_error']!r}")
+    if settings["restart"] and settings["resume"]:
+        raise ValueError("expected restart, which forgets, or resume, which continues, got both")
     if settings["convert_images"] and settings["convert"] is None:
         raise ValueError("expected `convert` beside convert_images, which says on how many images to select channels")
 

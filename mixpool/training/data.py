@@ -9,13 +9,19 @@ Legend: N images, C channels, (H, W) their size.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from mixpool.data import UnreadableImage
+from mixpool.evaluation_data import Images
+
+MODES = {1: "L", 3: "RGB"}  # Pillow's names of images with so many channels
 
 
 class BatchOrder(Sampler):
@@ -43,24 +49,83 @@ class BatchOrder(Sampler):
             yield [(self.epoch, position) for position in order[first : first + self.batch_size]]
 
 
-class SeededImages(Dataset):
-    """A data set whose random transform is seeded by (seed, epoch, position) for each image."""
+class Prepared(Dataset):
+    """Images under a transform, and what to do with those that cannot be read.
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    With on_error "raise", an image that cannot be read is an error that names it. With "skip" it is marked in `failed`,
+    which all workers share, and `__getitem__` returns None for it.
+    """
+
+    def __init__(self, images: Images, transform: Callable, channels: int, on_error: str) -> None:
+        if channels not in MODES:
+            raise ValueError(f"expected a model of gray or colour images (1 or 3 channels), got one of {channels}")
+        self.images, self.transform, self.mode, self.on_error = images, transform, MODES[channels], on_error
+        self.failed = torch.zeros(len(images), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def read(self, position: int) -> tuple[Any, int] | None:
+        name = self.images.name(position)
+        try:
+            image, label = self.images.read(position)
+        except UnreadableImage as error:
+            if self.on_error == "raise":
+                raise ValueError(
+                    f"cannot read {name} ({error}): repair or remove it, or give --on-error skip"
+                ) from None
+            self.failed[position] = True
+            return None
+        if label < 0:
+            raise ValueError(f"expected a class number for {name}, got {label}")
+        return self.transform(image.convert(self.mode)), label
+
+
+class TrainingImages(Prepared):
+    """Images by (epoch, position), whose random transform is seeded by (seed, epoch, position) for each of them.
+
+    In the place of one that is skipped comes the next one that can be read, with its own label.
+    """
+
+    def __init__(self, images: Images, transform: Callable, channels: int, on_error: str, seed: int) -> None:
+        super().__init__(images, transform, channels, on_error)
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         epoch, position = key
         (state,) = np.random.SeedSequence((self.seed, epoch, position)).generate_state(1)
         if torch.utils.data.get_worker_info() is not None:
             seed_all(int(state))
-            return self.dataset[position]
+            return self._first_readable(position)
         with _kept_generators():  # in the training process itself they also drive dropout
             seed_all(int(state))
-            return self.dataset[position]
+            return self._first_readable(position)
+
+    def _first_readable(self, position: int) -> tuple[Any, int]:
+        for step in range(len(self)):
+            found = self.read((position + step) % len(self))
+            if found is not None:
+                return found
+        raise ValueError(f"none of the {len(self)} images of {self.images.origin} can be read")
+
+
+class ValidationImages(Prepared):
+    """Every `world_size`-th image from `rank` on; one that is skipped comes as zeros with the label -1."""
+
+    def __init__(self, images: Images, transform: Callable, channels: int, on_error: str, rank: int, world_size: int):
+        super().__init__(images, transform, channels, on_error)
+        self.positions = range(rank, len(images), world_size)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, number: int) -> tuple[Any, int]:
+        found = self.read(self.positions[number])
+        if found is not None:
+            return found
+        from PIL import Image
+
+        return self.transform(Image.new(self.mode, (64, 64))), -1
 
 
 def seed_all(seed: int) -> None:
@@ -81,58 +146,18 @@ def _kept_generators() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def open_datasets(options, class_map: str) -> tuple[Dataset, Dataset]:
-    """The training and the validation set, as timm opens them, without transforms.
-
-    Raises:
-        FileNotFoundError: `data_dir` is missing.
-        ValueError: timm cannot read it; the message has what it said.
-    """
-    from pathlib import Path
-
-    from timm.data import create_dataset
-
-    kind = options.dataset.partition("/")[0].lower()
-    if options.data_dir is None and kind not in ("hfds", "hfids", "torch", "tfds"):
-        raise ValueError("expected data_dir, the folder of the data set: give --data-dir DIR")
-    if options.data_dir is not None and kind not in ("hfds", "hfids", "wds") and not Path(options.data_dir).exists():
-        if not options.dataset_download:
-            raise FileNotFoundError(f"data_dir {options.data_dir} does not exist: give --data-dir DIR")
-    found = []
-    for split, is_training in ((options.train_split, True), (options.val_split, False)):
-        try:
-            dataset = create_dataset(
-                options.dataset,
-                root=options.data_dir,
-                split=split,
-                class_map=class_map,
-                is_training=is_training,
-                download=options.dataset_download,
-                batch_size=options.batch_size,
-                seed=options.seed,
-            )
-        except ImportError as error:
-            raise ValueError(f"data set {options.dataset!r} needs a package that is not installed: {error}") from error
-        except Exception as error:  # each reader has its own way to say that it found nothing
-            text = " ".join(str(error).split())
-            raise ValueError(
-                f"cannot open the split {split!r} of {options.data_dir or options.dataset}: "
-                f"{type(error).__name__}: {text}"
-            ) from error
-        found.append(dataset)
-    return found[0], found[1]
+# --- loaders ----------------------------------------------------------------------------------------------------------
 
 
-def train_loader(dataset: Dataset, options, data_config: dict[str, Any], rank: int, world_size: int) -> DataLoader:
+def train_loader(images: Images | IterableDataset, options, data_config: dict[str, Any], rank: int, world_size: int):
     """Shuffled, augmented batches: (N, C, H, W) images and (N,) labels; `set_position` chooses epoch and batch.
 
     Raises:
-        ValueError: fewer images than one update of all processes needs.
+        ValueError: fewer images than one update of all processes needs, or an augmentation that timm does not know.
     """
-    from timm.data import create_transform
-
-    transform = create_transform(
-        data_config["input_size"],
+    transform = _transform(
+        data_config,
+        options,
         is_training=True,
         no_aug=options.no_aug,
         train_crop_mode=options.train_crop_mode,
@@ -146,43 +171,39 @@ def train_loader(dataset: Dataset, options, data_config: dict[str, Any], rank: i
         gaussian_blur_prob=options.gaussian_blur_prob,
         auto_augment=options.aa,
         interpolation=options.train_interpolation,
-        mean=data_config["mean"],
-        std=data_config["std"],
-        use_prefetcher=_prefetches(options),
     )  # random erasing is done by the training loop, on whole batches
-    dataset.transform = transform
-    if isinstance(dataset, IterableDataset):
-        dataset.set_loader_cfg(num_workers=options.workers)
-        return _loader(dataset, options, data_config, batch_size=options.batch_size, drop_last=True)
-    order = BatchOrder(len(dataset), options.batch_size, options.seed, rank, world_size)
+    if isinstance(images, IterableDataset):
+        images.transform = transform
+        images.set_loader_cfg(num_workers=options.workers)
+        return _loader(images, options, data_config, batch_size=options.batch_size, drop_last=True)
+    order = BatchOrder(len(images), options.batch_size, options.seed, rank, world_size)
     if len(order) == 0:
         raise ValueError(
             f"expected at least {options.batch_size * world_size} training images for one step of "
-            f"{world_size} x {options.batch_size}, found {len(dataset)} in {options.data_dir}"
+            f"{world_size} x {options.batch_size}, found {len(images)} in {images.origin}"
         )
-    return _loader(SeededImages(dataset, options.seed), options, data_config, batch_sampler=order)
+    prepared = TrainingImages(images, transform, data_config["input_size"][0], options.on_error, options.seed)
+    return _loader(prepared, options, data_config, batch_sampler=order)
 
 
-def val_loader(dataset: Dataset, options, data_config: dict[str, Any], rank: int, world_size: int) -> DataLoader:
+def val_loader(images: Images | IterableDataset, options, data_config: dict[str, Any], rank: int, world_size: int):
     """Each validation image once over all processes, in order, under the evaluation's transform."""
-    from timm.data import create_transform
-
-    dataset.transform = create_transform(
-        data_config["input_size"],
+    transform = _transform(
+        data_config,
+        options,
         is_training=False,
         interpolation=data_config["interpolation"],
-        mean=data_config["mean"],
-        std=data_config["std"],
         crop_pct=data_config["crop_pct"],
         crop_mode=data_config["crop_mode"],
-        use_prefetcher=_prefetches(options),
     )
     size = options.batch_size if options.validation_batch_size is None else options.validation_batch_size
-    if isinstance(dataset, IterableDataset):
-        dataset.set_loader_cfg(num_workers=options.workers)
-    elif world_size > 1:
-        dataset = torch.utils.data.Subset(dataset, range(rank, len(dataset), world_size))
-    return _loader(dataset, options, data_config, batch_size=size)
+    if isinstance(images, IterableDataset):
+        images.transform = transform
+        images.set_loader_cfg(num_workers=options.workers)
+        return _loader(images, options, data_config, batch_size=size)
+    channels = data_config["input_size"][0]
+    prepared = ValidationImages(images, transform, channels, options.on_error, rank, world_size)
+    return _loader(prepared, options, data_config, batch_size=size)
 
 
 def set_position(loader, epoch: int, batch: int) -> None:
@@ -200,11 +221,64 @@ def set_position(loader, epoch: int, batch: int) -> None:
     loader.dataset.set_epoch(epoch)
 
 
+def unreadable(loader) -> list[str]:
+    """Names of the images of a loader that were skipped so far, by any of its workers."""
+    dataset = loader.dataset
+    if not isinstance(dataset, Prepared):
+        return []
+    return [dataset.images.name(position) for position in dataset.failed.nonzero()[:, 0].tolist()]
+
+
+def first_images(loader, data_config: dict[str, Any], count: int) -> Tensor:
+    """(count, C, H, W) images as the model gets them, to try it on; zeros if the data set is a stream."""
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        return torch.zeros(count, *data_config["input_size"])
+    stack = torch.stack([torch.as_tensor(dataset[(0, position % len(dataset))][0]) for position in range(count)])
+    if stack.dtype == torch.uint8:  # with the prefetcher, which normalises on the GPU
+        mean, std = (torch.tensor(data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        stack = (stack.float() / 255 - mean) / std
+    return stack
+
+
+def evaluation_images(images: Images, data_config: dict[str, Any], count: int) -> Tensor:
+    """(count, C, H, W) images, evenly spread over a data set, under the evaluation's transform.
+
+    Raises:
+        ValueError: it is a stream, or has fewer.
+    """
+    from timm.data import create_transform
+
+    if isinstance(images, IterableDataset):
+        raise ValueError("convert_images needs a data set with positions, not a stream")
+    if len(images) < count:
+        raise ValueError(f"expected {count} training images (convert_images), found {len(images)}")
+    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    transform = create_transform(**{name: data_config[name] for name in names})
+    prepared = ValidationImages(images, transform, data_config["input_size"][0], "raise", 0, 1)
+    return torch.stack([prepared[(2 * i + 1) * len(images) // (2 * count)][0] for i in range(count)])
+
+
+def _transform(data_config: dict[str, Any], options, **arguments) -> Callable:
+    from timm.data import create_transform
+
+    try:
+        return create_transform(
+            data_config["input_size"],
+            mean=data_config["mean"],
+            std=data_config["std"],
+            use_prefetcher=_prefetches(options),
+            **arguments,
+        )
+    except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:  # timm has no one kind of its own
+        raise ValueError(f"cannot build the transform of the images: {type(error).__name__} {error}") from error
+
+
 def _prefetches(options) -> bool:
     return options.device.startswith("cuda") and not options.no_prefetcher
 
 
-def _loader(dataset: Dataset, options, data_config: dict[str, Any], **arguments) -> DataLoader:
+def _loader(dataset: Dataset, options, data_config: dict[str, Any], **arguments):
     from timm.data.loader import PrefetchLoader, fast_collate
 
     prefetches = _prefetches(options)

@@ -61,7 +61,7 @@ def train_one_epoch(run: Run, *, save: Callable[[], None], log: Callable[[str], 
             left = (num_batches - position.batch) * options.batch_size * run.world_size / rate
             log(
                 f"epoch {position.epoch} batch {position.batch}/{num_batches}: loss {settle():.4f}, "
-                f"lr {run.optimizer.param_groups[0]['lr']:.3g}, {rate:,.0f} images/s, {_duration(left)} left"
+                f"lr {run.learning_rate:.3g}, {rate:,.0f} images/s, {_duration(left)} left"
             )
         if is_update:
             position.updates += 1
@@ -130,7 +130,8 @@ def validate(run: Run, *, ema: bool = False, limit: int = 0) -> dict[str, float]
                 images = images.contiguous(memory_format=torch.channels_last)
             with run.autocast():
                 out = model(images)
-            evaluator.update(out, labels.to(run.device, non_blocking=True))
+            is_read = labels >= 0
+            evaluator.update(out[is_read.to(out.device)], labels[is_read].to(run.device, non_blocking=True))
             if number == limit:
                 break
     model.train(was_training)

@@ -38,7 +38,7 @@ GROUPS: dict[str, dict[str, Option]] = {
         "class_map": Option(str, "", "file with the name of one class per line, in the order of the model's outputs"),
         "workers": _free(int, 4, "processes that load images, per training process"),
         "pin_mem": _free(bool, False, "load into pinned memory, which the GPU copies faster"),
-        "no_prefetcher": _free(bool, False, "normalise in the workers instead of on the GPU"),
+        "no_prefetcher": Option(bool, False, "normalise in the workers instead of on the GPU"),
     },
     "model": {
         "model": Option(str, "mixpool_resnet50", "mixpool_*, or any name of timm or torchvision/NAME"),
@@ -54,13 +54,15 @@ GROUPS: dict[str, dict[str, Option]] = {
         "crop_pct": Option(float, None, "side of the validation crop over the resized shorter side"),
         "mean": Option(float, None, "mean of the pixels, per channel", many="+"),
         "std": Option(float, None, "standard deviation of the pixels, per channel", many="+"),
-        "interpolation": Option(str, "", "interpolation of the validation images"),
+        "interpolation": Option(
+            str, "", "interpolation of the validation images", choices=("bilinear", "bicubic", "nearest", "")
+        ),
         "drop": Option(float, None, "dropout rate"),
         "drop_path": Option(float, None, "drop path rate"),
         "drop_block": Option(float, None, "drop block rate"),
         "bn_momentum": Option(float, None, "momentum of the batch norms"),
         "bn_eps": Option(float, None, "epsilon of the batch norms"),
-        "grad_checkpointing": _free(bool, False, "recompute activations in the backward pass"),
+        "grad_checkpointing": Option(bool, False, "recompute activations in the backward pass"),
     },
     "batches and device": {
         "batch_size": Option(int, 128, "images per process and step"),
@@ -98,7 +100,12 @@ GROUPS: dict[str, dict[str, Option]] = {
         "lr_base_scale": Option(
             str, "", "growth of the rate with the batch; by the optimizer if empty", choices=("linear", "sqrt", "")
         ),
-        "sched": Option(str, "cosine", "timm's name of the schedule: cosine, step, multistep, poly, ..."),
+        "sched": Option(
+            str,
+            "cosine",
+            "timm's name of the schedule",
+            choices=("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"),
+        ),
         "sched_on_updates": Option(bool, False, "change the learning rate at each update, not each epoch"),
         "warmup_epochs": Option(int, 5, "epochs of linear warm-up"),
         "warmup_lr": Option(float, 1e-5, "learning rate at the start of the warm-up"),
@@ -108,11 +115,12 @@ GROUPS: dict[str, dict[str, Option]] = {
         "decay_epochs": Option(float, 90.0, "epochs between the decays of the step schedule"),
         "decay_milestones": Option(int, [90, 180, 270], "epochs of the decays of the multistep schedule", many="+"),
         "decay_rate": Option(float, 0.1, "factor of a decay"),
-        "patience_epochs": Option(int, 10, "epochs without improvement before the plateau schedule decays"),
     },
     "augmentation and loss": {
         "no_aug": Option(bool, False, "no augmentation"),
-        "train_crop_mode": Option(str, None, "rrc (random resized crops), rkrc or rkrr"),
+        "train_crop_mode": Option(
+            str, None, "random resized crops, or two that keep the ratio of the sides", choices=("rrc", "rkrc", "rkrr")
+        ),
         "scale": Option(float, [0.08, 1.0], "share of the image's area in a random crop", many=2),
         "ratio": Option(float, [3 / 4, 4 / 3], "aspect ratio of a random crop", many=2),
         "hflip": Option(float, 0.5, "probability of a horizontal flip"),
@@ -122,7 +130,9 @@ GROUPS: dict[str, dict[str, Option]] = {
         "grayscale_prob": Option(float, 0.0, "probability of a gray image"),
         "gaussian_blur_prob": Option(float, 0.0, "probability of a blurred image"),
         "aa": Option(str, None, "AutoAugment policy, as rand-m9-mstd0.5-inc1"),
-        "train_interpolation": Option(str, "random", "interpolation of the training images"),
+        "train_interpolation": Option(
+            str, "random", "interpolation of the training images", choices=("random", "bilinear", "bicubic", "nearest")
+        ),
         "reprob": Option(float, 0.0, "probability of random erasing"),
         "remode": Option(str, "pixel", "what is erased with", choices=("const", "rand", "pixel")),
         "recount": Option(int, 1, "number of erased rectangles"),
@@ -148,7 +158,7 @@ GROUPS: dict[str, dict[str, Option]] = {
     "run": {
         "output": _free(str, "output", "folder of the experiments"),
         "experiment": _free(str, "", "name of this one's folder (default: the configuration's, or the model's)"),
-        "resume": _free(str, "", "continue from this file instead of the folder's last.pth.tar"),
+        "resume": _free(str, "", "continue from this file, where the folder has no last.pth.tar yet"),
         "seed": Option(int, 42, "of weights, order and augmentation"),
         "log_interval": _free(int, 50, "steps between two lines of the log"),
         "recovery_interval": _free(int, 0, "updates between two checkpoints within an epoch; 0 for none"),
@@ -159,7 +169,8 @@ GROUPS: dict[str, dict[str, Option]] = {
         "convert": Option(dict, None, "convert a stock model with these arguments of mixpool.convert, as blur=3"),
         "convert_images": Option(int, 0, "training images to select and calibrate on; 0 for the filters alone"),
         "distill": Option(str, None, "the teacher: the stock model that the converted one was", choices=("stock",)),
-        "restart": _free(bool, False, "start anew, and forget the folder's checkpoints"),
+        "on_error": _free(str, "raise", "raise or skip: images that cannot be read"),
+        "restart": _free(bool, False, "start anew, and delete what the folder has of an earlier run"),
         "dry_run": _free(bool, False, "check everything, train two batches, write nothing"),
         "stop_after": _free(int, 0, "stop after so many epochs of this call; the schedule stays whole"),
     },
@@ -173,8 +184,8 @@ TIMM_ONLY = frozenset(
     decay_fn drop_connect epoch_repeats fast_norm fuser head_init_bias head_init_scale input_img_mode input_key
     jsd_loss kd_distill_type kd_loss_type kd_model_name layer_decay_min_scale layer_decay_no_opt_scale log_wandb
     lr_cycle_decay lr_cycle_limit lr_cycle_mul lr_k_decay lr_noise lr_noise_pct lr_noise_std model_dtype
-    model_ema_force_cpu naflex_loader no_resume_opt resplit save_images split_bn start_epoch synchronize_step
-    target_key torchscript train_num_samples tta use_multi_epochs_loader val_num_samples wandb_project wandb_tags
-    worker_seeding
+    model_ema_force_cpu naflex_loader no_resume_opt patience_epochs resplit save_images split_bn start_epoch
+    synchronize_step target_key torchscript train_num_samples tta use_multi_epochs_loader
+    val_num_samples wandb_project wandb_tags worker_seeding
     """.split()
 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mixpool.checkpoint import converted_stems
 from mixpool.training import checks, data
 from mixpool.training.model import build_model, build_task, convert_as_asked, prepare, stock_teacher
+from mixpool.training.splits import check_classes, fingerprint, open_splits
 
 PROBE = 2  # images with which the checks run the model
 
@@ -61,6 +62,7 @@ class Run:
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
     erase: Callable[[Tensor], Tensor] | None
     position: Position
+    dataset: dict[str, Any]
     facts: list[str]
 
     @property
@@ -70,6 +72,11 @@ class Run:
     @property
     def is_distributed(self) -> bool:
         return self.world_size > 1
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the last layers, where the rates of the layers differ."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def autocast(self):
         if not self.options.amp:
@@ -83,17 +90,15 @@ def set_up(options, device: torch.device, rank: int, world_size: int) -> Run:
     Raises:
         ValueError, FileNotFoundError: data, classes, model, weights or options do not fit; the message says which.
     """
-    from timm.data import resolve_data_config
-
     seed_everything(options.seed, rank=0)  # the same weights on all processes
-    train_set, val_set = data.open_datasets(options, options.class_map)
+    train_set, val_set = open_splits(options)
     model = build_model(options)
-    data_config = resolve_data_config(_data_options(options), model=model)
+    data_config = _data_config(options, model)
     train_loader = data.train_loader(train_set, options, data_config, rank, world_size)
     val_loader = data.val_loader(val_set, options, data_config, rank, world_size)
-    images = _few(train_loader, data_config)
-    checks.check_classes(train_set, val_set, checks.count_outputs(model, images), bool(options.class_map))
-    report = convert_as_asked(model, options, lambda count: training_images(options, data_config, count))
+    images = data.first_images(train_loader, data_config, PROBE)
+    check_classes(train_set, val_set, checks.count_outputs(model, images), bool(options.class_map))
+    report = convert_as_asked(model, options, lambda count: data.evaluation_images(train_set, data_config, count))
     teacher = stock_teacher(model, options)
     memory = checks.estimate_memory(model, images, options, device)
     facts = [_conversion(model, report), _sizes(train_set, val_set, options, world_size), str(memory)]
@@ -109,6 +114,9 @@ def set_up(options, device: torch.device, rank: int, world_size: int) -> Run:
     if options.model_ema:
         task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
     if options.torchcompile:
+        known = torch.compiler.list_backends(exclude_tags=())
+        if options.torchcompile not in known:
+            raise ValueError(f"expected torchcompile to be one of {', '.join(known)}, got {options.torchcompile!r}")
         task.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
     if world_size > 1:
         device_ids = [device] if device.type == "cuda" else None
@@ -131,6 +139,7 @@ def set_up(options, device: torch.device, rank: int, world_size: int) -> Run:
         mix=_mixup(options, model, images, device) if mixes else None,
         erase=_eraser(options, device) if options.reprob else None,
         position=Position(),
+        dataset=fingerprint(train_set, val_set),
         facts=facts,
     )
 
@@ -158,39 +167,23 @@ def learning_rate(options, world_size: int) -> float:
     return options.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
 
 
-def training_images(options, data_config: dict[str, Any], count: int) -> Tensor:
-    """(count, C, H, W) images, evenly spread over the training set, under the evaluation's transform.
+def _data_config(options, model: nn.Module) -> dict[str, Any]:
+    """How the model wants its images, in timm's terms; with another number of channels also their mean and std."""
+    from timm.data import resolve_data_config
 
-    Raises:
-        ValueError: the training set is a stream, or has fewer.
-    """
-    from timm.data import create_transform
-
-    dataset, _ = data.open_datasets(options, options.class_map)
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        raise ValueError("convert_images needs a data set with positions, not a stream")
-    if len(dataset) < count:
-        raise ValueError(f"expected {count} training images (convert_images), found {len(dataset)}")
-    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    dataset.transform = create_transform(**{name: data_config[name] for name in names})
-    return torch.stack([dataset[(2 * i + 1) * len(dataset) // (2 * count)][0] for i in range(count)])
-
-
-def _data_options(options) -> dict[str, Any]:
-    names = ("input_size", "img_size", "in_chans", "mean", "std", "crop_pct", "interpolation")
-    return {name: value for name in names if (value := getattr(options, name)) not in (None, "")}
-
-
-def _few(loader, data_config: dict[str, Any]) -> Tensor:
-    """A few images of the data set as the model gets them: what cannot be read is found out now."""
-    dataset = loader.dataset
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        return torch.zeros(PROBE, *data_config["input_size"])
-    stack = torch.stack([torch.as_tensor(dataset[(0, position % len(dataset))][0]) for position in range(PROBE)])
-    if stack.dtype == torch.uint8:  # with the prefetcher, which normalises on the GPU
-        mean, std = (torch.tensor(data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-        stack = (stack.float() / 255 - mean) / std
-    return stack
+    names = ("input_size", "img_size", "mean", "std", "crop_pct", "interpolation")
+    given = {name: value for name in names if (value := getattr(options, name)) not in (None, "")}
+    try:
+        config = resolve_data_config(given, model=model)
+    except (AssertionError, KeyError) as error:
+        raise ValueError(f"the options of the images do not fit the model: {type(error).__name__} {error}") from error
+    if options.in_chans is not None:
+        config["input_size"] = (options.in_chans, *config["input_size"][1:])
+    channels = config["input_size"][0]
+    for name in ("mean", "std"):
+        if len(config[name]) != channels:
+            config[name] = (sum(config[name]) / len(config[name]),) * channels
+    return config
 
 
 def _conversion(model: nn.Module, report) -> str:
@@ -228,18 +221,15 @@ def _optimizer(model: nn.Module, options, world_size: int) -> torch.optim.Optimi
             **{name: value for name, value in given.items() if value is not None},
             **options.opt_kwargs,
         )
-    except (ValueError, TypeError, AssertionError, KeyError) as error:
+    except (ValueError, TypeError, AssertionError, KeyError, IndexError) as error:
         raise ValueError(f"cannot build the optimizer {options.opt!r}: {error}") from error
 
 
 def _schedule(optimizer: torch.optim.Optimizer, options, updates_per_epoch: int) -> tuple[Any, int]:
     from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-    decreasing = options.eval_metric == "loss"
     try:
-        return create_scheduler_v2(
-            optimizer, **scheduler_kwargs(options, decreasing_metric=decreasing), updates_per_epoch=updates_per_epoch
-        )
+        return create_scheduler_v2(optimizer, **scheduler_kwargs(options), updates_per_epoch=updates_per_epoch)
     except (ValueError, AssertionError, AttributeError, UnboundLocalError) as error:
         raise ValueError(f"cannot build the schedule {options.sched!r}: {error}") from error
 

@@ -1,0 +1,62 @@
+"""CIFAR-10 with the short recipe, through `mixpool train`: the stock network and mixpool's, and how steady they are.
+
+    python -m benchmarks.cifar10 [--output DIR]     about 2 hours on 2 cores; continues what was cut
+
+Writes records/training.jsonl, the runs' own records, and records/cifar10.jsonl, the evaluation of their last weights.
+The images are those of the shared folder's JPEG copy, so accuracies lie a little under those on the original.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tarfile
+from pathlib import Path
+
+import timm
+
+import mixpool.timm_models  # noqa: F401  registers mixpool_resnet18
+from benchmarks.sample import RECORDS, shared_folder
+from mixpool import records
+from mixpool.evaluate import evaluate
+from mixpool.evaluation import paired_difference
+from mixpool.evaluation_data import open_images
+from mixpool.protocols import ModelInput
+from mixpool.train import train
+from mixpool.training.checkpoint import LAST
+from mixpool.training.configuration import parse, read_config
+
+CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18_30epochs.yaml"
+MODELS = ("resnet18", "mixpool_resnet18")
+PROTOCOLS = ("accuracy", "flips", "stem")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("output/cifar10"), help="folder of the runs (%(default)s)")
+    output = parser.parse_known_args()[0].output
+    data = output / "data"
+    if not (data / "cifar10").is_dir():
+        with tarfile.open(shared_folder() / "data/cifar10_jpeg.tar.xz") as archive:
+            archive.extractall(data, filter="data")
+    settings = read_config(CONFIG)
+    images = open_images(data / "cifar10", split="test")
+    runs, evaluations = [], {}
+    for model in MODELS:
+        command = ["-c", str(CONFIG), "--data-dir", str(data / "cifar10"), "--device", "cpu", "--workers", "1"]
+        runs.append(train(parse([*command, "--model", model, "--experiment", model, "--output", str(output)])))
+        weights = str(output / model / LAST)
+        trained = timm.create_model(model, num_classes=10, checkpoint_path=weights)
+        size = ModelInput(32, 1.0, "bilinear", mean=tuple(settings["mean"]), std=tuple(settings["std"]))
+        evaluations[model] = evaluate(trained, images, protocols=PROTOCOLS, model_input_=size, batch_size=256)
+    records.write(RECORDS / "training.jsonl", runs)
+    found = [evaluations[model].as_record(model=model, dataset="cifar10", split="test") for model in MODELS]
+    difference = paired_difference(*(evaluations[model] for model in MODELS))
+    found[1]["difference_to_stock"] = {
+        name: {"mean": d.mean.tolist(), "low": d.low.tolist(), "high": d.high.tolist()}
+        for name, d in difference.items()
+    }
+    records.write(RECORDS / "cifar10.jsonl", found)
+
+
+if __name__ == "__main__":
+    main()

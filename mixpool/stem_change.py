@@ -1,0 +1,129 @@
+"""How much a model's stem changes when its input moves, on the frames of the flips: `mixpool.stability` over a dataset.
+
+`stability.relative_change` wants all feature maps at once. Its three means, over images and positions, are taken here
+from sums per image, so that a dataset of any size fits and the bootstrap can draw images.
+
+Legend: N images, D = 3 directions, K = 8 shifts, C channels, S bootstrap draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixpool.checkpoint import converted_stems, unwrapped
+from mixpool.find import StemError, find_stem
+from mixpool.metrics import Interval, percentile_ends, resampled_means
+from mixpool.protocols import Flips, Place, SquareView
+from mixpool.stability import BORDER, DIRECTIONS
+
+MAX_IMAGES = 1000  # of a dataset, evenly spread: the interval is then narrow enough, and the sums stay small
+
+
+@dataclass(frozen=True)
+class StemFrames:
+    """The protocol of the stem's change: the frames of `Flips`, whose outputs are the stem's maps and no logits."""
+
+    size: int
+    is_normalized = True
+
+    @property
+    def view(self) -> SquareView:
+        return Flips(self.size).view
+
+    @property
+    def num_frames(self) -> int:
+        return Flips(self.size).num_frames
+
+    def frames(self, images: Tensor, places: Sequence[Place], seed: int) -> Iterator[Tensor]:
+        return Flips(self.size).frames(images, places, seed)
+
+    def measure(self, outputs: Iterator[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Means over the positions of each map, those at its border left out.
+
+        Returns:
+            stem_square: (N, D, K, C) of the squared change; stem_mean, stem_mean_square: (N, C) of the first map.
+        """
+        first = _inside(next(outputs))
+        squares = torch.stack([(_inside(map_) - first).square().mean(dim=(2, 3)) for map_ in outputs], dim=1)
+        return {
+            "stem_square": squares.unflatten(1, (len(DIRECTIONS), -1)),
+            "stem_mean": first.mean(dim=(2, 3)),
+            "stem_mean_square": first.square().mean(dim=(2, 3)),
+        }
+
+
+def stem_change(sums: Mapping[str, Tensor]) -> Interval:
+    """(D, K) change, mean over the channels that are not constant, with its 95 % bootstrap interval over images.
+
+    change_c(k) = sqrt(mean (f_c(x_k) - f_c(x_0))^2) / sqrt(mean (f_c(x_0) - mean f_c(x_0))^2), the means over images
+    and positions, as in `mixpool.stability`. Its unit is the channel's own standard deviation; less is steadier.
+
+    Args:
+        sums: as `StemFrames.measure` returns them, of all images.
+    """
+    value, drawn = _with_draws(sums)
+    return Interval(value, *percentile_ends(drawn))
+
+
+def stem_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Interval:
+    """(D, K) change of the second stem minus that of the first on the same images, with its paired interval.
+
+    Args:
+        first, second: as `StemFrames.measure` returns them, of the same images in the same order.
+    """
+    (ours, our_draws), (theirs, their_draws) = _with_draws(first), _with_draws(second)
+    return Interval(theirs - ours, *percentile_ends(their_draws - our_draws))
+
+
+def _with_draws(sums: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The change (D, K), and that of each bootstrap sample (S, D, K)."""
+    columns = [sums[name] for name in ("stem_square", "stem_mean", "stem_mean_square")]
+    # One seed: the same images in all three, and for any stem on as many images.
+    drawn = _change(*(resampled_means(column) for column in columns))
+    return _change(*(column.double().mean(dim=0) for column in columns)), drawn
+
+
+def _change(square: Tensor, mean: Tensor, mean_square: Tensor) -> Tensor:
+    variance = mean_square - mean.square()
+    is_alive = variance > 1e-6 * mean_square  # below lies the rounding of a constant map's float32 sums
+    ratio = (square / variance[..., None, None, :]).sqrt()
+    return torch.where(is_alive[..., None, None, :], ratio, torch.nan).nanmean(dim=-1)
+
+
+def find_stem_of(model: nn.Module) -> tuple[Callable[[Tensor], Tensor] | None, str]:
+    """The function from images to the stem's pooled maps, and which stem that is; or None, and why there is none.
+
+    A converted model's stem is its first MixPoolStem; else the stem is found by data flow, as `convert` does.
+    """
+    model = unwrapped(model)
+    for name, stem in converted_stems(model).items():
+        return stem, f"stem: {name} (MixPoolStem)"
+    try:
+        found = find_stem(model)
+    except StemError as error:
+        return None, f"stem change not applicable: {error}"
+    if not found.is_first:
+        return None, f"stem change not applicable: the first stem, {found}, is not at the image"
+    conv, pool = found.modules[found.conv], found.modules[found.pool]
+    norm = None if found.norm is None else found.modules[found.norm]
+    parts = [conv, norm]
+    if getattr(norm, "act", None) is not found.act_module:  # else the norm layer applies it already
+        parts.append(found.act_module)
+    parts += [pool, None if found.blur is None else found.modules[found.blur]]
+
+    def run(x: Tensor) -> Tensor:
+        for part in parts:
+            x = x if part is None else part(x)
+        return x
+
+    return run, f"stem: {found}"
+
+
+def _inside(maps: Tensor) -> Tensor:
+    if maps.ndim != 4 or min(maps.shape[-2:]) <= 2 * BORDER:
+        raise ValueError(f"expected feature maps (N, C, H, W) of more than {2 * BORDER} positions, got {maps.shape}")
+    return maps[..., BORDER:-BORDER, BORDER:-BORDER].float()
