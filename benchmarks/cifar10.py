@@ -18,9 +18,9 @@ import mixpool.timm_models  # noqa: F401  registers mixpool_resnet18
 from benchmarks.sample import RECORDS, shared_folder
 from mixpool import records
 from mixpool.evaluate import evaluate
-from mixpool.evaluation import paired_difference
-from mixpool.evaluation_data import open_images
-from mixpool.protocols import ModelInput
+from mixpool.evaluation.protocols import ModelInput
+from mixpool.evaluation.result import paired_difference
+from mixpool.labelled_images import open_images
 from mixpool.train import train
 from mixpool.training.checkpoint import LAST
 from mixpool.training.configuration import parse, read_config
@@ -47,7 +47,7 @@ def main() -> None:
         weights = str(output / model / LAST)
         trained = timm.create_model(model, num_classes=10, checkpoint_path=weights)
         size = ModelInput(32, 1.0, "bilinear", mean=tuple(settings["mean"]), std=tuple(settings["std"]))
-        evaluations[model] = evaluate(trained, images, protocols=PROTOCOLS, model_input_=size, batch_size=256)
+        evaluations[model] = evaluate(trained, images, protocols=PROTOCOLS, model_input=size, batch_size=256)
     records.write(RECORDS / "training.jsonl", runs)
     found = [evaluations[model].as_record(model=model, dataset="cifar10", split="test") for model in MODELS]
     difference = paired_difference(*(evaluations[model] for model in MODELS))

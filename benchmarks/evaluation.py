@@ -21,10 +21,10 @@ from benchmarks.sample import CROP, RECORDS, shared_folder, split, squeezenet
 from mixpool import convert, records
 from mixpool.data import normalize
 from mixpool.evaluate import CPU_BATCH, DEFAULT, evaluate
-from mixpool.evaluation import difference_record
-from mixpool.evaluation_data import Images, open_images
-from mixpool.evaluation_table import table_text
-from mixpool.protocols import ModelInput, OwnView
+from mixpool.evaluation.protocols import ModelInput, OwnView
+from mixpool.evaluation.result import difference_record
+from mixpool.evaluation.table import table_text
+from mixpool.labelled_images import Images, open_images
 
 ROUNDS = 3
 INPUT = ModelInput(size=CROP, crop_ratio=CROP / 256)

@@ -21,8 +21,8 @@ import benchmarks.sample_models  # noqa: F401  registers squeezenet_sample
 from benchmarks.sample import RECORDS, shared_folder, split
 from mixpool import convert, records
 from mixpool.evaluate import evaluate
-from mixpool.evaluation import Evaluation, paired_difference
-from mixpool.evaluation_data import open_images
+from mixpool.evaluation.result import Evaluation, paired_difference
+from mixpool.labelled_images import open_images
 from mixpool.loading import read_state
 from mixpool.train import train
 from mixpool.training.configuration import parse

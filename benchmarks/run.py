@@ -10,7 +10,18 @@ import importlib
 
 from benchmarks import figures, tables
 
-NAMES = ("models", "partner", "image_model", "prediction", "selection", "squeezenet", "theory", "cpu")
+NAMES = (
+    "models",
+    "partner",
+    "image_model",
+    "prediction",
+    "selection",
+    "squeezenet",
+    "theory",
+    "cpu",
+    "evaluation",
+    "finetune",
+)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import mixpool
+from mixpool import evaluate_command
 from mixpool.training.configuration import DESCRIPTION, EXAMPLES, add_options
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def build_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> arg
         "  mixpool inspect squeezenet1_0 --checkpoint weights.safetensors --images photos/\n"
         "  mixpool convert resnet18 --checkpoint stock.pth --output mixed.safetensors\n"
         "  mixpool theory --images photos/ --depth 2 3\n"
+        "  mixpool evaluate resnet18.a1_in1k --pretrained --data imagenet/ --convert\n"
         "  mixpool train -c configs/imagenet_resnet34_finetune.yaml --data-dir imagenet\n"
         "exit codes: 0 done, 2 an error of yours in one line on stderr, 130 interrupted",
         **common,
@@ -128,6 +130,16 @@ def build_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> arg
     theory.add_argument("--output", metavar="DIR", default="outputs", help="folder for the results (%(default)s)")
     theory.set_defaults(run=run["theory"])
 
+    evaluate = commands.add_parser(
+        "evaluate",
+        help=evaluate_command.HELP,
+        description=evaluate_command.DESCRIPTION,
+        epilog=evaluate_command.EXAMPLES,
+        **common,
+    )
+    evaluate_command.add_options(evaluate)
+    evaluate.set_defaults(run=run["evaluate"])
+
     train = commands.add_parser(
         "train",
         help="train or fine-tune a model",
@@ -138,7 +150,7 @@ def build_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> arg
     )
     add_options(train)
     train.set_defaults(run=run["train"])
-    for command in (demo, inspect, convert, theory, train):
+    for command in (demo, inspect, convert, theory, evaluate, train):
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 

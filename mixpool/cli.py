@@ -1,4 +1,4 @@
-"""The command `mixpool`: demo, inspect, convert, theory, train. It parses, calls and prints; others do the work.
+"""The command `mixpool`: demo, inspect, convert, theory, evaluate, train. It parses, calls and prints.
 
 What needs timm, matplotlib or rich is imported inside the commands: `--help` and errors need not wait for them.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mixpool
+from mixpool import evaluate_command
 from mixpool.arguments import EXIT_USER_ERROR, build_parser, parse_select
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ COMMANDS = {
     "inspect": run_inspect_command,
     "convert": run_convert_command,
     "theory": run_theory_command,
+    "evaluate": evaluate_command.run,
     "train": run_train_command,
 }
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixpool.evaluation import Evaluation, Speed
-from mixpool.evaluation_data import Failure, Images, Stream, check_classes
-from mixpool.evaluation_loader import Batch, batches
-from mixpool.protocols import NEED_LABELS, PROTOCOLS, ModelInput, Place, Protocol, find_model_input
-from mixpool.stem_change import MAX_IMAGES, StemFrames, find_stem_of
+from mixpool.evaluation.loader import Batch, batches
+from mixpool.evaluation.protocols import NEED_LABELS, PROTOCOLS, ModelInput, Place, Protocol, find_model_input
+from mixpool.evaluation.result import Evaluation, Speed
+from mixpool.evaluation.stem_change import MAX_IMAGES, StemFrames, find_stem_of
+from mixpool.labelled_images import Failure, Images, Stream, check_classes
 
 DEFAULT = ("accuracy", "consistency", "circular", "flips", "kl", "stem")
 NAMES = (*PROTOCOLS, "stem")
@@ -39,7 +39,7 @@ def evaluate(
     on_error: str = "raise",
     track: Callable[[Iterable, int | None], Iterable] = lambda steps, total: steps,
 ) -> Evaluation:
-    """Accuracy, and steadiness under shifts, of a classifier; see `mixpool.protocols` for what each protocol does.
+    """Accuracy, and steadiness under shifts, of a classifier; `mixpool.evaluation.protocols` defines what is measured.
 
     The loader's workers decode and resize; the crops are cut and normalised on the device, and each goes through the
     model once, `batch_size` images at a time. The model comes back as it was: modes, device and parameters.

@@ -16,7 +16,7 @@ from mixpool.evaluate import DEFAULT, NAMES
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mixpool.protocols import ModelInput
+    from mixpool.evaluation.protocols import ModelInput
 
 HELP = "accuracy and steadiness under shifts of models on a labelled dataset"
 DESCRIPTION = (
@@ -104,10 +104,10 @@ def run(options: argparse.Namespace) -> None:
 
     from mixpool import records
     from mixpool.evaluate import evaluate
-    from mixpool.evaluation import difference_record
-    from mixpool.evaluation_data import open_images
-    from mixpool.evaluation_plots import write_figures
-    from mixpool.evaluation_table import table_text
+    from mixpool.evaluation.plots import write_figures
+    from mixpool.evaluation.result import difference_record
+    from mixpool.evaluation.table import table_text
+    from mixpool.labelled_images import open_images
 
     images = open_images(
         options.data or "",
@@ -238,7 +238,7 @@ def load_model(
 def _input_of(model: nn.Module, options: argparse.Namespace) -> ModelInput:
     import dataclasses
 
-    from mixpool.protocols import find_model_input
+    from mixpool.evaluation.protocols import find_model_input
 
     changes = {"size": options.size, "crop_ratio": options.crop_ratio, "interpolation": options.interpolation}
     return dataclasses.replace(find_model_input(model), **{k: v for k, v in changes.items() if v is not None})

@@ -12,11 +12,11 @@ from torch import nn
 
 from mixpool import convert, records
 from mixpool.evaluate import DEFAULT, evaluate
-from mixpool.evaluation import METRICS, difference_record, paired_difference
-from mixpool.evaluation_data import Images, Stream
-from mixpool.protocols import PROTOCOLS, Consistency, ModelInput, Place
+from mixpool.evaluation.protocols import PROTOCOLS, Consistency, ModelInput, Place
+from mixpool.evaluation.result import METRICS, difference_record, paired_difference
+from mixpool.evaluation.stem_change import find_stem_of
+from mixpool.labelled_images import Images, Stream
 from mixpool.stability import change_curve
-from mixpool.stem_change import find_stem_of
 
 SIZE = 32
 PLAIN = ModelInput(size=SIZE, crop_ratio=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)

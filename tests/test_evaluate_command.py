@@ -14,11 +14,11 @@ from mixpool import convert, records
 from mixpool.convert import revert
 from mixpool.evaluate import evaluate
 from mixpool.evaluate_command import DESCRIPTION, EXAMPLES, add_options, load_model, run
-from mixpool.evaluation_plots import TITLES, plot_curves, write_figures
-from mixpool.evaluation_table import table_rows, table_text
+from mixpool.evaluation.plots import TITLES, plot_curves, write_figures
+from mixpool.evaluation.protocols import PROTOCOLS, ModelInput
+from mixpool.evaluation.table import table_rows, table_text
 from mixpool.gabor import gabor_bank
 from mixpool.layers import MixPoolStem
-from mixpool.protocols import PROTOCOLS, ModelInput
 
 NAME = "resnet18"
 
@@ -84,7 +84,7 @@ def test_a_model_and_its_conversion_side_by_side(stock, data, tmp_path, capsys):
 
 
 def _images(data):
-    from mixpool.evaluation_data import open_images
+    from mixpool.labelled_images import open_images
 
     return open_images(data)
 
@@ -246,7 +246,7 @@ def test_figures(tmp_path):
 
 
 def test_every_curve_has_a_title_and_every_number_a_row(tmp_path):
-    from mixpool.evaluation import METRICS
+    from mixpool.evaluation.result import METRICS
 
     assert set(TITLES) == {name for name, metric in METRICS.items() if metric.axes}
     images = [(Image.new("RGB", (40, 40), (9 * i, 99, 3)), 0) for i in range(3)]

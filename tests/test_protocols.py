@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from mixpool.protocols import (
+from mixpool.evaluation.protocols import (
     KL,
     PROTOCOLS,
     Accuracy,

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mixpool.evaluation_data import Images
+from mixpool.labelled_images import Images
 from mixpool.training import checkpoint
 from mixpool.training.checks import count_outputs, estimate_memory
 from mixpool.training.data import BatchOrder, TrainingImages

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from mixpool.data import UnreadableImage
-from mixpool.evaluation_data import Images
+from mixpool.labelled_images import Images
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's names of images with so many channels
 

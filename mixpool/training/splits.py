@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from mixpool.evaluation_data import STREAMS, Images, open_images
+from mixpool.labelled_images import STREAMS, Images, open_images
 
 FEW = 3  # names that a message shows
 

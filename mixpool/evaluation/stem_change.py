@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mixpool.checkpoint import converted_stems, unwrapped
+from mixpool.evaluation.protocols import Flips, Place, SquareView
 from mixpool.find import StemError, find_stem
 from mixpool.metrics import Interval, percentile_ends, resampled_means
-from mixpool.protocols import Flips, Place, SquareView
 from mixpool.stability import BORDER, DIRECTIONS
 
 MAX_IMAGES = 1000  # of a dataset, evenly spread: the interval is then narrow enough, and the sums stay small

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixpool.evaluation import METRICS
+from mixpool.evaluation.result import METRICS
 
 Record = Mapping[str, Any]
 

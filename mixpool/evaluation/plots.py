@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from mixpool.evaluation import METRICS
+from mixpool.evaluation.result import METRICS
 from mixpool.plots import MAX_COLOR, MODULUS_COLOR, MUTED, OTHER_COLORS, TEXT, blank_figure, inch_axes, save_figure
 from mixpool.stability import DIRECTIONS
 

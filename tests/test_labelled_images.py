@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mixpool.evaluation_data import Images, Stream, check_classes, open_images, read_class_map
-from mixpool.evaluation_loader import batches
-from mixpool.protocols import SquareView
+from mixpool.evaluation.loader import batches
+from mixpool.evaluation.protocols import SquareView
+from mixpool.labelled_images import Images, Stream, check_classes, open_images, read_class_map
 
 VIEW = SquareView(16)
 CLASSES = ("ant", "bee", "cat")

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mixpool.data import UnreadableImage
-from mixpool.evaluation_data import Failure, Images, Stream
-from mixpool.protocols import OwnView, Place, SquareView
+from mixpool.evaluation.protocols import OwnView, Place, SquareView
+from mixpool.labelled_images import Failure, Images, Stream
 
 View = OwnView | SquareView
 
