@@ -107,6 +107,13 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         checkpoint.save(path, {"run": 2})
     assert checkpoint.load(path) == {"run": 1} and [p.name for p in tmp_path.iterdir()] == ["last"]
 
+    def fail_as_torch_does(state, file):
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", fail_as_torch_does)
+    with pytest.raises(OSError, match="cannot write .*last: .*unexpected pos"):
+        checkpoint.save(path, {"run": 2})
+
 
 def test_files_that_are_no_checkpoint(tmp_path):
     (tmp_path / "damaged").write_bytes(b"PK\x03\x04 nothing")

@@ -11,12 +11,16 @@ import timm
 import torch
 import torchvision
 from filelock import FileLock
+from PIL import Image
+from timm.data import IterableImageDataset
 from training_runs import CLASSES, arguments
 
 import mixpool
 from mixpool.checkpoint import converted_stems
 from mixpool.train import _is_better, train
+from mixpool.training import splits
 from mixpool.training.configuration import parse
+from mixpool.training.model import prepare
 from mixpool.training.run import experiment_name, learning_rate, set_up
 
 CPU = torch.device("cpu")
@@ -96,6 +100,42 @@ def test_what_is_found_out_before_the_first_step(photos, tmp_path, settings, mes
         set_up(options(photos, tmp_path, **settings), CPU, 0, 1)
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+class FakeStream(IterableImageDataset):
+    """As timm's, but from memory."""
+
+    def __init__(self, count):
+        self.count, self.transform, self.epochs = count, None, []
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        for number in range(self.count):
+            yield self.transform(Image.new("RGB", (40, 40), (60 * (number % 4), 0, 0))), number % 4
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+    def set_loader_cfg(self, num_workers=None):
+        pass
+
+
+def test_a_stream(photos, tmp_path, monkeypatch):
+    streams = {True: FakeStream(21), False: FakeStream(10)}
+    monkeypatch.setattr(splits, "_stream", lambda options, split, is_training: streams[is_training])
+    asked = {"dataset": "wds/some", "batch_size": 5}
+    train(options(photos, tmp_path, stop_after=2, **asked))
+    record = train(options(photos, tmp_path, **asked))
+    assert streams[True].epochs == [0, 1, 2] and len(record["history"]) == 3
+    with pytest.raises(ValueError, match="leave out recovery_interval"):
+        train(options(photos, tmp_path, recovery_interval=1, **asked))
+
+
+def test_ties_between_batch_norms_need_a_gpu():
+    with pytest.raises(ValueError, match="leave out sync_bn"):
+        prepare(torch.nn.BatchNorm2d(3), parse(["--sync-bn"]), CPU, distributed=True)
 
 
 def test_other_folders_in_both_splits_are_an_error(photos, tmp_path):

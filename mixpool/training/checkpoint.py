@@ -28,6 +28,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"cannot write {path}: {' '.join(str(error).split())[:200]}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -145,7 +145,7 @@ def checked(key: str, value: Any, source: str | Path) -> Any:
             if not isinstance(value, (list, tuple)) or (isinstance(option.many, int) and len(value) != option.many):
                 raise ValueError
             result = [_one(option, item) for item in value]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         count = {None: "", "+": "a list of "}.get(option.many, f"{option.many} times ")
         kind = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
         raise ValueError(f"{source}: expected {key} to be {count}{kind[option.kind]}, got {value!r}") from None

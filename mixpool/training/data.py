@@ -207,17 +207,12 @@ def val_loader(images: Images | IterableDataset, options, data_config: dict[str,
 
 
 def set_position(loader, epoch: int, batch: int) -> None:
-    """The next pass over the loader is that epoch, from that batch on.
-
-    Raises:
-        ValueError: a stream (an iterable data set) cannot start within an epoch.
-    """
+    """The next pass over the loader is that epoch, from that batch on; a stream always starts at 0."""
     order = loader.batch_sampler
     if isinstance(order, BatchOrder):
         order.epoch, order.start = epoch, batch
         return
-    if batch:
-        raise ValueError("a data set that is a stream cannot be continued within an epoch")
+    assert batch == 0, "a stream has no positions; open_splits refuses checkpoints within an epoch"
     loader.dataset.set_epoch(epoch)
 
 

@@ -131,6 +131,8 @@ def prepare(model: nn.Module, options, device: torch.device, distributed: bool) 
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
     if distributed and options.sync_bn:
+        if device.type == "cpu":
+            raise ValueError("PyTorch ties batch norms on GPUs only: leave out sync_bn on a CPU")
         from timm.layers import convert_sync_batchnorm
 
         model = convert_sync_batchnorm(model)

@@ -23,6 +23,8 @@ def open_splits(options) -> tuple[Images | IterableDataset, Images | IterableDat
     if options.data_dir is None and kind not in ("hfds", "hfids", "torch", "tfds"):
         raise ValueError("expected data_dir, the folder of the data set: give --data-dir DIR")
     if kind in STREAMS:
+        if options.recovery_interval:
+            raise ValueError("a stream cannot be continued within an epoch: leave out recovery_interval")
         return _stream(options, options.train_split, True), _stream(options, options.val_split, False)
     found = []
     for split in (options.train_split, options.val_split):
@@ -69,7 +71,7 @@ def _stream(options, split: str, is_training: bool) -> IterableDataset:
 
 def classes_of(images: Any) -> dict[str, int] | None:
     """The names and labels of a data set of folders or tars; None for those that do not tell."""
-    return getattr(getattr(getattr(images, "dataset", images), "reader", None), "class_to_idx", None)
+    return getattr(getattr(getattr(images, "dataset", images), "reader", None), "class_to_idx", None) or None
 
 
 def check_classes(train: Any, val: Any, num_outputs: int, has_class_map: bool) -> None:
