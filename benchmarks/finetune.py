@@ -38,6 +38,7 @@ RECIPE = {
     "device": "cpu",
     "workers": 1,
     "batch_size": 25,
+    "channels_last": True,
     "epochs": 20,
     "warmup_epochs": 1,
     "warmup_lr": 1e-4,
