@@ -40,9 +40,9 @@ def train(options) -> dict[str, Any]:
     _check_timm()
     started_here = not torch.distributed.is_initialized()
     try:
-        torch.device(options.device)
+        torch.empty(0, device=options.device)
         found = init_distributed_device_so(options.device)
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"cannot use the device {options.device!r} ({_one_line(error)}): give --device cpu") from error
     options.device = found["device"]
     try:

@@ -63,6 +63,7 @@ def test_what_a_file_cannot_say(tmp_path, text, message):
         (["--lr", "nan"], "expected lr to be a finite number"),
         (["--smoothing", "1.5"], "expected smoothing to be a share from 0 to 1"),
         (["--mixup", "-1"], "expected mixup to be a finite number that is not negative"),
+        (["--opt-betas", "0.9"], "expected 2 arguments"),
         (["--on-error", "ignore"], "expected on_error to be 'raise' or 'skip'"),
         (["--learning-rate", "1"], "unrecognized arguments"),
         (["--model-kwargs", "blur"], "expected NAME=VALUE"),

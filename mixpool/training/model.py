@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mixpool.checkpoint import converted_stems
 from mixpool.convert import convert, revert
 from mixpool.data import IMAGENET_MEAN, IMAGENET_STD
-from mixpool.loading import TORCHVISION, create_model, load_checkpoint
+from mixpool.loading import TORCHVISION, create_model, load_checkpoint, read_state
 
 MIXPOOL = "mixpool_"
 
@@ -58,8 +58,10 @@ def _timm_model(options) -> nn.Module:
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if options.pretrained_path is not None:
-        # As in timm's script: the file stands for the published weights, whatever its number of classes.
-        arguments["pretrained_cfg_overlay"] = {"file": options.pretrained_path, "num_classes": -1}
+        # The file stands for the published weights. timm leaves out a classifier of another number of classes than it
+        # is told here, so it has to be told what the file has.
+        num_classes = _classes_in(options.pretrained_path, options.model)
+        arguments["pretrained_cfg_overlay"] = {"file": options.pretrained_path, "num_classes": num_classes}
     try:
         return timm.create_model(
             options.model,
@@ -71,6 +73,31 @@ def _timm_model(options) -> nn.Module:
     except Exception as error:  # hubs, files and constructors each raise their own
         hint = "; without a network, give the weights by --pretrained-path FILE" if options.pretrained else ""
         raise ValueError(f"cannot build {options.model!r}: {_one_line(error)}{hint}") from error
+
+
+def _classes_in(path: str, name: str) -> int:
+    """The number of classes that a file of weights is for; ValueError if it has no classifier of that model."""
+    import timm
+
+    classifier = timm.models.get_pretrained_cfg(name).classifier
+    names = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
+    state = read_state(path)
+    found = [state[f"{layer}.weight"].shape[0] for layer in names if f"{layer}.weight" in state]
+    if not found:
+        raise ValueError(f"expected weights of {name!r} in {path}, found none of its classifier ({classifier})")
+    return found[0]
+
+
+def _published_classes(options) -> int | None:
+    """The number of classes of the weights that a run starts from; None if only they themselves know."""
+    import timm
+
+    if options.pretrained_path is not None:
+        return _classes_in(options.pretrained_path, options.model)
+    if options.initial_checkpoint or not timm.is_model(options.model):
+        return None  # these have to fit the model as they are
+    cfg = timm.models.get_pretrained_cfg(options.model)
+    return None if cfg is None else cfg.num_classes
 
 
 def _torchvision_model(options) -> nn.Module:
@@ -107,13 +134,26 @@ def stock_teacher(model: nn.Module, options) -> nn.Module | None:
     """For `distill: stock`, the network as it was published: a copy of the starting model, its conversion undone.
 
     Raises:
-        ValueError: the model starts from random weights, from which there is nothing to learn.
+        ValueError: the model or its classifier starts from random weights, from which there is nothing to learn, or
+            options change it behind the stem.
     """
     if options.distill is None:
         return None
     if not (options.pretrained or options.pretrained_path or options.initial_checkpoint):
         raise ValueError(
             "expected trained weights for `distill: stock`: give pretrained, pretrained_path or initial_checkpoint"
+        )
+    published = _published_classes(options)
+    if options.num_classes is not None and published is not None and options.num_classes != published:
+        raise ValueError(
+            f"`distill: stock` has a teacher of {published} classes, which cannot teach {options.num_classes}: train "
+            "on the labels, or give an initial_checkpoint of the stock model that knows these classes"
+        )
+    changed = [name for name in ("aa_layer",) if options.model_kwargs.get(name) is not None]
+    changed += [name for name in ("bn_eps",) if getattr(options, name) is not None]
+    if changed:
+        raise ValueError(
+            f"`distill: stock` needs the stock network as it was published: leave out {', '.join(changed)}"
         )
     teacher = copy.deepcopy(model)
     if converted_stems(teacher):

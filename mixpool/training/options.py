@@ -84,7 +84,7 @@ GROUPS: dict[str, dict[str, Option]] = {
     "optimizer": {
         "opt": Option(str, "sgd", "timm's name of the optimizer"),
         "opt_eps": Option(float, None, "epsilon of the optimizer"),
-        "opt_betas": Option(float, None, "betas of the optimizer", many="+"),
+        "opt_betas": Option(float, None, "betas of the optimizer", many=2),
         "opt_kwargs": Option(dict, {}, "further arguments of the optimizer"),
         "momentum": Option(float, 0.9, "momentum"),
         "weight_decay": Option(float, 2e-5, "weight decay"),

@@ -171,6 +171,11 @@ def _data_config(options, model: nn.Module) -> dict[str, Any]:
     """How the model wants its images, in timm's terms; with another number of channels also their mean and std."""
     from timm.data import resolve_data_config
 
+    channels = options.in_chans or (options.input_size or [3])[0]
+    for name in ("mean", "std"):
+        values = getattr(options, name)
+        if values is not None and len(values) not in (1, channels):
+            raise ValueError(f"expected 1 or {channels} values of {name}, got {len(values)}")
     names = ("input_size", "img_size", "mean", "std", "crop_pct", "interpolation")
     given = {name: value for name in names if (value := getattr(options, name)) not in (None, "")}
     try:

@@ -17,6 +17,7 @@ from mixpool.training.options import OPTIONS
 from mixpool.training.run import Position, Run
 
 RECORD, LOCK = "record.jsonl", ".lock"
+FORMAT = 1  # of the entry `run`
 WRITTEN = (checkpoint.LAST, checkpoint.BEST, RECORD, "summary.csv", "curves.png")
 
 
@@ -78,6 +79,7 @@ def save(run: Run, also_as_best: bool = False) -> None:
             **(run.task.get_checkpoint_state(ema=True) if run.options.model_ema else {}),
             **({run.scaler.state_dict_key: run.scaler.state_dict()} if run.scaler is not None else {}),
             "run": {
+                "format": FORMAT,
                 "position": asdict(run.position),
                 "scheduler": _plain(run.scheduler.state_dict()) if run.scheduler is not None else {},
                 "processes": everyone,
@@ -107,6 +109,8 @@ def resume(run: Run, log: Callable[[str], None]) -> None:
     if not path.exists():
         return
     state = checkpoint.load(path)
+    if state["run"].get("format") != FORMAT:
+        raise ValueError(f"{path} was written by another version of mixpool, which has to continue it")
     before, now = state["run"]["settings"], binding(run)
     changed = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
     if changed:
@@ -147,7 +151,8 @@ def binding(run: Run) -> dict[str, Any]:
 
 def _check_finite(run: Run) -> None:
     """Look at the weights, not only at the loss: one bad gradient spoils them while the loss before it was fine."""
-    tensors = [*run.model.parameters(), *(b for b in run.model.buffers() if b.is_floating_point())]
+    statistics = [b for name, b in run.model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    tensors = [*run.model.parameters(), *statistics]
     is_finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors]).all().int()
     if run.is_distributed:
         torch.distributed.all_reduce(is_finite, op=torch.distributed.ReduceOp.MIN)

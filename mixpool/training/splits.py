@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from mixpool.labelled_images import STREAMS, Images, open_images
+from mixpool.labelled_images import STREAMS, Images, open_images, read_class_map
 
 FEW = 3  # names that a message shows
 
@@ -59,6 +59,7 @@ def _stream(options, split: str, is_training: bool) -> IterableDataset:
             options.dataset,
             root=options.data_dir,
             split=split,
+            class_map=read_class_map(options.class_map) if options.class_map else None,
             is_training=is_training,
             download=options.dataset_download,
             batch_size=options.batch_size,
@@ -101,8 +102,10 @@ def check_classes(train: Any, val: Any, num_outputs: int, has_class_map: bool) -
 def fingerprint(train: Any, val: Any) -> dict[str, Any]:
     """What tells one data set from another without reading it, so that a run cannot go on with other images."""
     text = repr([sorted((classes_of(images) or {}).items()) for images in (train, val)])
+    # A stream only estimates its length, and that from the number of workers.
+    lengths = [None if isinstance(images, IterableDataset) else len(images) for images in (train, val)]
     return {
-        "num_train": len(train),
-        "num_val": len(val),
+        "num_train": lengths[0],
+        "num_val": lengths[1],
         "classes": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
