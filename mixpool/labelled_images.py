@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 STREAMS = ("wds", "hfids", "tfds")
+FOLDER_NAMES = ("", "folder", "imagefolder", "image_folder")  # what means a folder or a .tar; timm takes any other word for that too
+KINDS = ("torch", "hfds", *STREAMS)
 _PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets"}
 _SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # what timm takes for one
 # What Pillow's decoders and the archives raise on damaged files, SyntaxError included (broken PNG chunks).
@@ -39,6 +41,8 @@ _DAMAGED = (
     EOFError,
     IndexError,
     KeyError,
+    ZeroDivisionError,
+    MemoryError,
     struct.error,
     tarfile.TarError,
     zlib.error,
@@ -189,7 +193,8 @@ def open_images(
     Args:
         root: a folder with a folder per class (or with such a folder per split), a .tar of one, or what the named
             dataset takes for its root.
-        dataset: "" for folders and .tar files; else a timm name: "hfds/NAME", "hfids/NAME", "wds/NAME", "torch/NAME".
+        dataset: "" for folders and .tar files; else a timm name: "hfds/NAME", "hfids/NAME", "tfds/NAME", "wds/NAME",
+            "torch/NAME".
         split: a folder in root, or what the named dataset calls its splits.
         class_map: name of a class -> its number among the model's outputs, or a .txt of one name per line in their
             order. Without it the sorted names are numbered.
@@ -200,6 +205,9 @@ def open_images(
         ValueError: the dataset cannot be opened; the message says why.
     """
     kind = dataset.partition("/")[0].lower() if "/" in dataset else ""
+    if kind not in KINDS and dataset.lower() not in FOLDER_NAMES:
+        names = ", ".join(f"{name}/NAME" for name in KINDS)
+        raise ValueError(f'expected the dataset to be "" for a folder or a .tar, or one of {names}, got {dataset!r}')
     package = _PACKAGES.get(kind)
     if package is not None and importlib.util.find_spec(package) is None:
         raise ValueError(f"the dataset {dataset!r} needs the package {package}: pip install {package}")
@@ -331,7 +339,11 @@ def _check_folder(root: Path, split: str) -> None:
         raise ValueError(f"expected a folder or a .tar file of images, got the file {root}")
     folders = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
     accepted = next((names for names in _SPLITS if split in names), (split,))
-    are_splits = folders and all(name in (*_SPLITS[0], *_SPLITS[1], "test") for name in folders)
+    named = [name for name in folders if name in (*_SPLITS[0], *_SPLITS[1], "test")]
+    # A class may be called "train" too; what holds folders itself is no class.
+    are_splits = named and (
+        len(named) == len(folders) or any(entry.is_dir() for name in named for entry in (root / name).iterdir())
+    )
     if are_splits and not set(accepted) & set(folders):
         raise ValueError(
             f"expected a folder {split!r} in {root}, found {', '.join(sorted(folders))}: give another split"

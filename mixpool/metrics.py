@@ -94,15 +94,16 @@ def kl_divergence(reference: Tensor, moved: Tensor) -> Tensor:
     """(N,) Kullback-Leibler divergence KL(p_0 || p_s) = sum_c p_0(c) ln(p_0(c) / p_s(c)), in nats, in float64.
 
     p = softmax of the logits, p_0 of the image where it was and p_s of the moved one. Taken from the logarithms of the
-    softmax, so no probability that rounds to 0 makes it infinite. The measure of Leterme et al., arXiv 2209.11740 and
-    2212.00394; lower is better.
+    softmax, so no probability that rounds to 0 makes it infinite; a class that p_0 excludes by a logit of -inf counts
+    nothing. The measure of Leterme et al., arXiv 2209.11740 and 2212.00394; lower is better.
 
     Args:
         reference, moved: (N, C) logits.
     """
     _check_same(reference, moved)
     before, after = (logits.double().log_softmax(dim=1) for logits in (reference, moved))
-    return (before.exp() * (before - after)).sum(dim=1).clamp_min(0)  # below 0 by rounding alone
+    terms = before.exp() * (before - after)
+    return torch.where(before.isneginf(), 0.0, terms).sum(dim=1).clamp_min(0)  # below 0 by rounding alone
 
 
 # --- over images ------------------------------------------------------------------------------------------------------

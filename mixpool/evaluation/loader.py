@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,19 +13,27 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mixpool.data import UnreadableImage
-from mixpool.evaluation.protocols import OwnView, Place, SquareView
+from mixpool.evaluation.protocols import Place
+from mixpool.evaluation.views import OwnView, SquareView
 from mixpool.labelled_images import Failure, Images, Stream
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 View = OwnView | SquareView
 
 
 @dataclass
 class Batch:
-    """What the workers send: bytes of each view, (N, 3, side, side), stored channels last, and what failed."""
+    """What the workers send: bytes of each view, (N, 3, side, side), stored channels last, and what failed.
+
+    `checksums` are of the whole pictures: they tell whether two evaluations saw the same ones.
+    """
 
     places: list[Place]
     names: list[str]
     labels: Tensor
+    checksums: Tensor
     views: dict[View, Tensor]
     failed: list[Failure]
 
@@ -47,7 +57,7 @@ def batches(
 
 
 class _Prepared(Dataset):
-    """Rank -> (place, name, label, view by view the bytes), or a Failure."""
+    """Rank -> (place, name, label, checksum, view by view the bytes), or a Failure."""
 
     def __init__(self, images: Images, views: Sequence[View]) -> None:
         self.images, self.views = images, views
@@ -60,9 +70,9 @@ class _Prepared(Dataset):
         name = self.images.name(index)
         try:
             image, label = self.images.read(index)
+            return Place(index, rank), name, label, *_prepared(image, self.views)
         except UnreadableImage as error:
             return name, str(error).replace(f"'{name}'", name)
-        return Place(index, rank), name, label, [view(image) for view in self.views]
 
 
 class _PreparedStream(IterableDataset):
@@ -72,9 +82,21 @@ class _PreparedStream(IterableDataset):
     def __iter__(self) -> Iterator[tuple]:
         for rank, (name, image, label) in enumerate(self.images):
             if isinstance(image, str):
-                yield name, image
+                sample = (name, image)
             else:
-                yield Place(rank, rank), name, label, [view(image) for view in self.views]
+                try:
+                    sample = (Place(rank, rank), name, label, *_prepared(image, self.views))
+                except UnreadableImage as error:
+                    sample = (name, str(error))
+            yield sample
+
+
+def _prepared(image: Image.Image, views: Sequence[View]) -> tuple[int, list[np.ndarray]]:
+    """The checksum of a picture, and the bytes of each view."""
+    try:
+        return zlib.crc32(np.asarray(image)), [view(image) for view in views]
+    except Exception as error:  # of one picture among thousands, whatever it is: it should be known by its name
+        raise UnreadableImage(f"cannot be cropped: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 class _Collate:
@@ -86,11 +108,12 @@ class _Collate:
         columns = {}
         for number, view in enumerate(self.views):
             if read:
-                columns[view] = torch.from_numpy(np.stack([sample[3][number] for sample in read])).permute(0, 3, 1, 2)
+                columns[view] = torch.from_numpy(np.stack([sample[4][number] for sample in read])).permute(0, 3, 1, 2)
         return Batch(
             places=[sample[0] for sample in read],
             names=[sample[1] for sample in read],
             labels=torch.tensor([sample[2] for sample in read], dtype=torch.long),
+            checksums=torch.tensor([sample[3] for sample in read], dtype=torch.long),
             views=columns,
             failed=[sample for sample in samples if not isinstance(sample[0], Place)],
         )

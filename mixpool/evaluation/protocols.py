@@ -9,11 +9,14 @@ model of 227 sees crops of a 235 square where one of 224 sees crops of 232, so t
     protocol            view                      frames
     accuracy            the model's own           1
     accuracy-wcnn       Resize s, crop s          1
-    consistency         Resize s+32, crop s+32    2 crops at offsets 0 .. 31 per axis, drawn for each image
+    consistency         Resize s+m, crop s+m      2 crops at offsets 0 .. 31 per axis, drawn for each image
     consistency-shared  the same                  the same, drawn for each 8 successive images
-    circular            the same                  the centre crop rolled twice by -32 .. 31 per axis
+    circular            the same                  the centre crop rolled twice by -m .. m-1 per axis
     flips (-raw)        Resize s+8, crop s+8      25 crops: offsets 0 .. 8 to the side, down and along the diagonal
     kl (-raw)           Resize 2s+16, crop 2s+16  49 crops of 2s at offsets 0 .. 16, each halved: shifts of half a pixel
+
+The margin m is the papers' 32. That is a whole period of a picture of 32 pixels, so below 64 pixels it is s // 7, as 32
+of 224, with the offsets 0 .. m: of a CIFAR image, 4. Flips and KL count in pixels, 8 at most, for all sizes.
 
 Resize is of the shorter side, bilinear with antialiasing (torchvision's on PIL images, as the papers have it); every
 crop but those is of the centre. All models see the same pixels, but for "accuracy", which follows the model's own
@@ -25,24 +28,20 @@ Legend: N images of a batch.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mixpool.data import IMAGENET_MEAN, IMAGENET_STD
+from mixpool.evaluation.views import ModelInput, OwnView, SquareView
 from mixpool.metrics import flip_curve, kl_divergence, shift_consistency, top_k
 from mixpool.stability import DIRECTIONS
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-MARGIN = 32  # Zhang's and the circular shifts', pixels
+MARGIN, SMALL = 32, 64  # Zhang's and the circular shifts', and the side below which it shrinks; pixels
 MAX_SHIFT = 8  # of flips and KL, pixels
 GROUP = 8  # images that share their offsets in Zhang's own evaluation, which runs with batches of 8
 MIN_CLASSES_TOP5 = 6  # with fewer, top-5 is 100 % for any model
@@ -56,89 +55,6 @@ class Place(NamedTuple):
 
     index: int
     rank: int
-
-
-# --- views: from a photo to a square of bytes -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelInput:
-    """What a model wants for its input, and how its own evaluation crops it (timm's names).
-
-    Attributes:
-        size: side of the square, pixels.
-        crop_ratio: side of the crop over the resized shorter side, before the crop.
-        interpolation, crop_mode: as timm's evaluation transform takes them.
-        mean, std: of each channel, of images in [0, 1].
-    """
-
-    size: int = 224
-    crop_ratio: float = 0.875
-    interpolation: str = "bilinear"
-    crop_mode: str = "center"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or not 0 < self.crop_ratio <= 1:
-            raise ValueError(f"expected a size of at least 1 and a crop_ratio in (0, 1], got {self}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"expected three means and positive stds of RGB images, got {self}")
-
-
-def find_model_input(model: nn.Module) -> ModelInput:
-    """What timm's configuration of the model says; ImageNet's usual settings (256/224) for any other model.
-
-    Raises:
-        ValueError: the model's input is no RGB square.
-    """
-    if not hasattr(model, "pretrained_cfg") and not hasattr(model, "default_cfg"):
-        return ModelInput()
-    from timm.data import resolve_model_data_config
-
-    config = resolve_model_data_config(model)
-    channels, height, width = config["input_size"]
-    if channels != 3 or height != width:
-        raise ValueError(f"expected a model of square RGB images, got one of {channels} x {height} x {width}")
-    names = ("crop_pct", "interpolation", "crop_mode", "mean", "std")
-    ratio, interpolation, crop_mode, mean, std = (config[name] for name in names)
-    return ModelInput(height, ratio, interpolation, crop_mode, tuple(mean), tuple(std))
-
-
-@dataclass(frozen=True)
-class SquareView:
-    """Resize(side), bilinear, then CenterCrop(side): (side, side, 3) uint8."""
-
-    side: int
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        from torchvision.transforms import functional
-
-        return np.array(functional.center_crop(functional.resize(image, self.side), [self.side, self.side]))
-
-
-@dataclass(frozen=True)
-class OwnView:
-    """The evaluation transform of timm for a model's own configuration, up to the bytes: (size, size, 3) uint8."""
-
-    input: ModelInput
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        return np.asarray(_timm_transform(self.input)(image)).transpose(1, 2, 0)  # an array in older versions of timm
-
-
-@functools.lru_cache(maxsize=16)
-def _timm_transform(model: ModelInput) -> Callable[[Image.Image], np.ndarray]:
-    from timm.data.transforms_factory import transforms_imagenet_eval
-
-    return transforms_imagenet_eval(
-        img_size=model.size,
-        crop_pct=model.crop_ratio,
-        crop_mode=model.crop_mode,
-        interpolation=model.interpolation,
-        mean=model.mean,
-        use_prefetcher=True,  # stops at (3, size, size) bytes
-    )
 
 
 # --- protocols --------------------------------------------------------------------------------------------------------
@@ -184,16 +100,17 @@ class Consistency:
 
     @property
     def view(self) -> SquareView:
-        return SquareView(self.size + MARGIN)
+        return SquareView(self.size + margin(self.size))
 
     @property
     def num_frames(self) -> int:
         return 2 * self.draws
 
     def offsets(self, place: Place, seed: int) -> np.ndarray:
-        """(frames, 2) offsets (y, x) of an image's crops, 0 to 31."""
+        """(frames, 2) offsets (y, x) of an image's crops, 0 to 31; of a small one 0 to its margin."""
         stream, number = (_CONSISTENCY, place.index) if self.group == 1 else (_SHARED, place.rank // self.group)
-        return _draw((seed, stream, number), 2 * self.num_frames, MARGIN).reshape(-1, 2)
+        count = MARGIN if self.size >= SMALL else margin(self.size) + 1  # Zhang's randint(32) leaves the last one out
+        return _draw((seed, stream, number), 2 * self.num_frames, count).reshape(-1, 2)
 
     def frames(self, images: Tensor, places: Sequence[Place], seed: int) -> Iterator[Tensor]:
         offsets = [self.offsets(place, seed) for place in places]
@@ -213,7 +130,7 @@ class Circular:
     """How often two circular shifts of an image get the same class: Chaman and Dokmanic 2021, arXiv 2011.14214.
 
     The centre crop is rolled, so nothing enters and nothing leaves, but an edge runs through the picture. Shifts of
-    -32 .. 31 pixels along each axis, drawn for each image by the seed and its number.
+    -m .. m - 1 pixels along each axis, m = `margin(size)`, drawn for each image by the seed and its number.
     """
 
     size: int
@@ -222,12 +139,12 @@ class Circular:
 
     @property
     def view(self) -> SquareView:
-        return SquareView(self.size + MARGIN)
+        return SquareView(self.size + margin(self.size))
 
     def frames(self, images: Tensor, places: Sequence[Place], seed: int) -> Iterator[Tensor]:
-        start = MARGIN // 2
-        images = _crop(images, start, start, self.size)
-        drawn = [_draw((seed, _CIRCULAR, place.index), 4, 2 * MARGIN).reshape(2, 2) - MARGIN for place in places]
+        most = margin(self.size)
+        images = _crop(images, most // 2, most // 2, self.size)
+        drawn = [_draw((seed, _CIRCULAR, place.index), 4, 2 * most).reshape(2, 2) - most for place in places]
         for frame in range(self.num_frames):
             shifts = [own[frame].tolist() for own in drawn]
             yield torch.stack([image.roll(shift, (-2, -1)) for image, shift in zip(images, shifts, strict=True)])
@@ -312,6 +229,11 @@ PROTOCOLS: dict[str, Callable[[ModelInput], Protocol]] = {
 NEED_LABELS = ("accuracy", "accuracy-wcnn")
 
 
+def margin(size: int) -> int:
+    """Pixels beyond an input of this side from which consistency and circular shifts are drawn; at least 1."""
+    return MARGIN if size >= SMALL else max(1, size // 7)
+
+
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 
@@ -347,5 +269,5 @@ def _crop(images: Tensor, y: int, x: int, size: int) -> Tensor:
 
 
 def _draw(key: tuple[int, ...], count: int, stop: int) -> np.ndarray:
-    """`count` numbers from 0 to stop - 1, a power of two, by the key alone."""
+    """`count` numbers from 0 to stop - 1, by the key alone; `stop` is far below 2^32, so all are as likely."""
     return np.random.SeedSequence(key).generate_state(count).astype(np.int64) % stop
