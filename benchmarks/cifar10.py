@@ -19,11 +19,12 @@ from benchmarks.sample import RECORDS, shared_folder
 from mixpool import records
 from mixpool.evaluate import evaluate
 from mixpool.evaluation.protocols import ModelInput
-from mixpool.evaluation.result import paired_difference
+from mixpool.evaluation.result import difference_record
 from mixpool.labelled_images import open_images
 from mixpool.train import train
 from mixpool.training.checkpoint import LAST
 from mixpool.training.configuration import parse, read_config
+from mixpool.training.saving import RECORD
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18_30epochs.yaml"
 MODELS = ("resnet18", "mixpool_resnet18")
@@ -43,18 +44,18 @@ def main() -> None:
     runs, evaluations = [], {}
     for model in MODELS:
         command = ["-c", str(CONFIG), "--data-dir", str(data / "cifar10"), "--device", "cpu", "--workers", "1"]
-        runs.append(train(parse([*command, "--model", model, "--experiment", model, "--output", str(output)])))
+        record = output / model / RECORD
+        if not record.exists():  # else it is finished, maybe by an earlier version of the code
+            train(parse([*command, "--model", model, "--experiment", model, "--output", str(output)]))
+        runs += records.read(record)
         weights = str(output / model / LAST)
         trained = timm.create_model(model, num_classes=10, checkpoint_path=weights)
         size = ModelInput(32, 1.0, "bilinear", mean=tuple(settings["mean"]), std=tuple(settings["std"]))
         evaluations[model] = evaluate(trained, images, protocols=PROTOCOLS, model_input=size, batch_size=256)
     records.write(RECORDS / "training.jsonl", runs)
+    stock, mixed = (evaluations[model] for model in MODELS)
     found = [evaluations[model].as_record(model=model, dataset="cifar10", split="test") for model in MODELS]
-    difference = paired_difference(*(evaluations[model] for model in MODELS))
-    found[1]["difference_to_stock"] = {
-        name: {"mean": d.mean.tolist(), "low": d.low.tolist(), "high": d.high.tolist()}
-        for name, d in difference.items()
-    }
+    found[1] |= {"difference_to": MODELS[0], "difference": difference_record(stock, mixed)}
     records.write(RECORDS / "cifar10.jsonl", found)
 
 

@@ -14,18 +14,19 @@ import tempfile
 from pathlib import Path
 
 import timm
-import torch
+from timm.data import resolve_data_config
 from torch import nn
 
 import benchmarks.sample_models  # noqa: F401  registers squeezenet_sample
 from benchmarks.sample import RECORDS, shared_folder, split
 from mixpool import convert, records
 from mixpool.evaluate import evaluate
-from mixpool.evaluation.result import Evaluation, paired_difference
+from mixpool.evaluation.result import difference_record
 from mixpool.labelled_images import open_images
 from mixpool.loading import read_state
 from mixpool.train import train
 from mixpool.training.configuration import parse
+from mixpool.training.data import evaluation_images
 
 MODEL = "squeezenet_sample"
 SEEDS = (0, 1)
@@ -90,16 +91,12 @@ def loaded(checkpoint: Path, converted: bool) -> nn.Module:
     return model.eval()
 
 
-def numbers(evaluation: Evaluation) -> dict:
-    return {"summary": evaluation.summary(), "num_images": evaluation.num_images}
-
-
-def differences(first: Evaluation, second: Evaluation) -> dict:
-    """second - first in points, paired over the images, with 95 % intervals."""
-    found = {}
-    for name, interval in paired_difference(first, second).items():
-        found[name] = {"mean": interval.mean.tolist(), "low": interval.low.tolist(), "high": interval.high.tolist()}
-    return found
+def start_of(folder: Path, class_map: Path) -> tuple[nn.Module, int]:
+    """The network that the converted run starts from, selected and calibrated on the same photos; its channels."""
+    model = timm.create_model(MODEL, pretrained=True)
+    photos = open_images(folder, split="train", class_map=class_map)
+    report = convert(model, images=evaluation_images(photos, resolve_data_config({}, model=model), CALIBRATION))
+    return model, report.num_modulus
 
 
 def main() -> None:
@@ -109,44 +106,38 @@ def main() -> None:
             folder = Path(name)
             class_map = divide(folder, seed)
             photos = open_images(folder, split="validation", class_map=class_map)
-            models = {"stock before": timm.create_model(MODEL, pretrained=True)}
-            models["mixpool before"] = timm.create_model(MODEL, pretrained=True)
-            training = open_images(folder, split="train", class_map=class_map)
-            models["stock after"] = loaded(finetuned(folder, class_map, seed, False), False)
-            models["mixpool after"] = loaded(finetuned(folder, class_map, seed, True), True)
-            # Before training is what the run started from: the same selection, on the same photos.
-            from mixpool.training.run import training_images
-
-            options = parse(["--data-dir", str(folder), "--class-map", str(class_map)])
-            from timm.data import resolve_data_config
-
-            data_config = resolve_data_config({}, model=models["mixpool before"])
-            report = convert(models["mixpool before"], images=training_images(options, data_config, CALIBRATION))
-            assert len(training) == 250
+            mixed, num_modulus = start_of(folder, class_map)
+            models = {
+                "stock before": timm.create_model(MODEL, pretrained=True),
+                "mixpool before": mixed,
+                "stock after": loaded(finetuned(folder, class_map, seed, converted=False), converted=False),
+                "mixpool after": loaded(finetuned(folder, class_map, seed, converted=True), converted=True),
+            }
             found = {key: evaluate(model, photos, protocols=PROTOCOLS) for key, model in models.items()}
+        pairs = {
+            "mixpool - stock, before": ("stock before", "mixpool before"),
+            "mixpool - stock, after": ("stock after", "mixpool after"),
+            "after - before, stock": ("stock before", "stock after"),
+            "after - before, mixpool": ("mixpool before", "mixpool after"),
+        }
         record = records.stamp(
             "finetune",
             model=MODEL,
             seed=seed,
-            recipe={key: value if not isinstance(value, tuple) else list(value) for key, value in RECIPE.items()},
-            channels=len(report.kinds),
-            num_modulus=report.num_modulus,
+            recipe={key: list(value) if isinstance(value, tuple) else value for key, value in RECIPE.items()},
+            calibration_images=CALIBRATION,
+            num_modulus=num_modulus,
             num_train=250,
-            results={key: numbers(evaluation) for key, evaluation in found.items()},
-            differences={
-                "mixpool - stock, before": differences(found["stock before"], found["mixpool before"]),
-                "mixpool - stock, after": differences(found["stock after"], found["mixpool after"]),
-                "after - before, mixpool": differences(found["mixpool before"], found["mixpool after"]),
-                "after - before, stock": differences(found["stock before"], found["stock after"]),
-            },
+            num_images=len(photos),
+            results={key: evaluation.summary() for key, evaluation in found.items()},
+            differences={key: difference_record(found[a], found[b]) for key, (a, b) in pairs.items()},
         )
         results.append(record)
-        for key, evaluation in found.items():
-            print(key, {n: v for n, v in evaluation.summary().items() if isinstance(v, float)}, flush=True)
-            print("   flips", {d: round(v["1"], 2) for d, v in evaluation.summary()["flip_probability"].items()})
         records.write(RECORDS / "finetune.jsonl", results)
+        for key, summary in record["results"].items():
+            flips = {way: round(curve["1"], 2) for way, curve in summary["flip_probability"].items()}
+            print(f"{key}: top-1 {summary['top1']:.2f}, consistency {summary['shift_consistency']:.2f}, flips {flips}")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     main()

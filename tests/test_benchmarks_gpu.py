@@ -19,10 +19,12 @@ from benchmarks import (
     gpu_stem,
     gpu_summary,
     gpu_tune,
+    markdown,
     roofline,
     stems,
     store,
     tables,
+    tables_gpu,
     timing,
 )
 from benchmarks.gpu_stem import Case, cases_of
@@ -473,15 +475,17 @@ def test_measured_takes_nothing_of_sources_that_failed_their_tests():
 
 
 def test_the_tables_of_the_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RECORDS", tmp_path)
-    assert tables.gpu() == tables.gpu_targets() == tables.gpu_models() == tables.NO_GPU and tables.measured() == "[]\n"
+    monkeypatch.setattr(tables_gpu, "RECORDS", tmp_path)
+    assert (
+        tables.gpu() == tables.gpu_targets() == tables.gpu_models() == tables_gpu.NO_GPU and tables.measured() == "[]\n"
+    )
     found = measured_case(0.8, plan="max") + measured_case(0.4, batch=64)
     found.append(Case(RESNET, MIX, 256, "full").record("fused", "memory", held_mib=154.0, peak_mib=300.0))
     found[-1]["machine"]["gpu"], found[-1]["code"] = "H100", found[0]["code"]
     records.write(tmp_path / "gpu.jsonl", found)
-    monkeypatch.setattr(tables.read, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(markdown.read, "__defaults__", (tmp_path,))
     assert "| max | inference | 4.000 | 2.000 | 1.000 | 0.800 | 5.00 x | 2.50 x | 1.25 x |" in tables.gpu()
-    assert "resnet 64" in tables.gpu_others() and "| max |" not in tables.gpu_others()
+    assert "resnet 64" in tables_gpu.gpu_others() and "| max |" not in tables_gpu.gpu_others()
     assert "| 154 | 300 |" in tables.gpu_memory() and "H100, driver" in tables.gpu_memory()
     assert "5.00 x" not in tables.gpu_models()
     (entry,) = json.loads(tables.measured())
@@ -491,7 +495,7 @@ def test_the_tables_of_the_gpu(tmp_path, monkeypatch):
 def test_tables_refuse_a_dry_run(tmp_path):
     records.write(tmp_path / "gpu.jsonl", [speed_record("fused", 1.0, dry=True)])
     with pytest.raises(ValueError, match="dry run"):
-        tables.read("gpu", tmp_path)
+        markdown.read("gpu", tmp_path)
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
