@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixpool.evaluation.loader import Batch, batches
-from mixpool.evaluation.protocols import NEED_LABELS, PROTOCOLS, ModelInput, Place, Protocol, find_model_input
+from mixpool.evaluation.protocols import NEED_LABELS, PROTOCOLS, Place, Protocol, margin
 from mixpool.evaluation.result import Evaluation, Speed
-from mixpool.evaluation.stem_change import MAX_IMAGES, StemFrames, find_stem_of
+from mixpool.evaluation.runner import Runner, are_finite, are_logits, at_work
+from mixpool.evaluation.stem_change import MAX_IMAGES, StemFrames, changes_at_all, find_stem_of
+from mixpool.evaluation.views import ModelInput, find_model_input
 from mixpool.labelled_images import Failure, Images, Stream, check_classes
 
 DEFAULT = ("accuracy", "consistency", "circular", "flips", "kl", "stem")
@@ -57,13 +58,14 @@ def evaluate(
         amp: autocast to this dtype, torch.bfloat16 or torch.float16; default none.
         channels_last: the memory format of the input; default True on a CPU and with `amp` (there it is faster).
         seed: of the random shifts, not negative.
-        on_error: "raise" or "skip" images that cannot be read; what is skipped is listed in `failed`.
+        on_error: "raise" or "skip" images that cannot be read or cropped, or on which the model's output is not finite
+            (a logit of -inf, by which a model excludes a class, is fine); what is skipped is listed in `failed`.
         track: wraps the loop over batches, (iterable, total or None), for a progress bar.
     Returns:
         Evaluation; its `summary()` and `as_record()` have the numbers.
     Raises:
-        ValueError: an argument does not fit, the labels cannot be the model's classes, an image cannot be read (with
-            on_error="raise", or all of them), or an output is not finite.
+        ValueError: an argument does not fit, there is no such device, the labels cannot be the model's classes, or an
+            image cannot be used (with on_error="raise"; with "skip", none can).
     Example:
         >>> import torchvision
         >>> from mixpool.evaluate import evaluate
@@ -82,8 +84,8 @@ def evaluate(
         name: StemFrames(wanted.size) if name == "stem" else PROTOCOLS[name](wanted)
         for name in dict.fromkeys(protocols)
     }
-    with _at_work(model, device) as where:
-        runner = _Runner(model, wanted, where, amp, channels_last)
+    with at_work(model, device) as where:
+        runner = Runner(model, wanted, where, amp, channels_last)
         num_classes = runner.probe()
         notes, stem = [], None
         if set(NEED_LABELS) & set(plan):
@@ -106,7 +108,7 @@ def evaluate(
         total = None if isinstance(images, Stream) else len(loader)
         for batch in track(loader, total):
             found.waited += time.perf_counter() - arrived
-            found.add_failures(batch)
+            found.add_failures(batch.failed)
             if set(NEED_LABELS) & set(plan):
                 _check_labels(batch, num_classes)
             if batch.places:
@@ -122,18 +124,25 @@ def evaluate(
         raise ValueError(f"no image of {images.origin} can be used; {failures[0][0]}: {failures[0][1]}")
     columns = found.columns()
     stem_sums = {name: columns.pop(name) for name in list(columns) if name.startswith("stem_")}
+    if stem_sums and not changes_at_all(stem_sums):
+        stem_sums = {}
+        notes.append("stem change not applicable: every channel of the stem is constant on these images")
+        if not columns:
+            raise ValueError(f"nothing to measure: {notes[-1]}")
     is_read = not isinstance(images, Stream) or images.limit is None
     num_found = (images.num_found or len(found.places) + len(found.failed)) if is_read else None
     return Evaluation(
         values=columns,
         stem_sums=stem_sums,
         indices=torch.tensor([place.index for place in found.places]),
+        checksums=torch.cat(found.checksums),
         failed=(*images.left_out, *found.failed),
         num_found=num_found,
         notes=tuple(notes),
         settings={
             "protocols": list(plan),
             "size": wanted.size,
+            "margin": margin(wanted.size),
             "crop_ratio": wanted.crop_ratio,
             "interpolation": wanted.interpolation,
             "crop_mode": wanted.crop_mode,
@@ -156,111 +165,49 @@ def _measure(
     found: _Found,
     batch: Batch,
     plan: dict[str, Protocol | StemFrames],
-    runner: _Runner,
+    runner: Runner,
     stem: Callable[[Tensor], Tensor] | None,
     stem_step: int,
     seed: int,
 ) -> None:
-    """All protocols on one batch."""
+    """All protocols on one batch; what any of them cannot use counts for none."""
     views = {view: square.to(runner.where, non_blocking=True) for view, square in batch.views.items()}
     labels = batch.labels.to(runner.where)
+    is_bad = torch.zeros(len(labels), dtype=torch.bool)
+    measured = []
     for name, protocol in plan.items():
-        rows, forward = list(range(len(batch.places))), runner.model
+        rows, forward, is_usable = list(range(len(labels))), runner.model, are_logits
         if name == "stem":
             rows = [row for row in rows if batch.places[row].rank % stem_step == 0]
-            forward = stem
+            forward, is_usable = stem, are_finite
         if not rows:
             continue
         squares = views[protocol.view] if len(rows) == len(labels) else views[protocol.view][rows]
         frames = protocol.frames(squares, [batch.places[row] for row in rows], seed)
-        outputs = runner.outputs(forward, frames, protocol.is_normalized, [batch.names[row] for row in rows])
-        found.add(protocol.measure(outputs, labels[rows]))
+        bad = torch.zeros(len(rows), dtype=torch.bool, device=runner.where)
+        outputs = runner.outputs(forward, frames, protocol.is_normalized, is_usable, bad)
+        values = protocol.measure(outputs, labels[rows])
+        for column in values.values():
+            bad |= ~are_finite(column.reshape(len(rows), -1))
+        measured.append((rows, values))
         found.num_frames += 0 if name == "stem" else protocol.num_frames * len(rows)
-    found.places += batch.places
+        is_bad[rows] |= bad.cpu()  # not before all frames are through: this waits for the device
+        if is_bad.any() and found.on_error == "raise":
+            break
+    reason = f"the model's output is not finite{runner.advice}"
+    found.add_failures([(batch.names[row], reason) for row in is_bad.nonzero()[:, 0].tolist()])
+    for rows, values in measured:
+        kept = [number for number, row in enumerate(rows) if not is_bad[row]]
+        found.add({name: column[kept] for name, column in values.items()})
+    kept = (~is_bad).nonzero()[:, 0].tolist()
+    found.places += [batch.places[row] for row in kept]
+    found.checksums.append(batch.checksums[kept])
 
 
 def _stem_step(images: Images | Stream) -> int:
     """One of how many images the stem's change is measured on."""
     num_images = images.limit if isinstance(images, Stream) else len(images)
     return math.ceil((num_images or MAX_IMAGES) / MAX_IMAGES)
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _at_work(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
-    """The model in evaluation mode on the device, and afterwards as it was."""
-    modes = {module: module.training for module in model.modules()}
-    home = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    where = home if device is None else torch.device(device)
-    try:
-        model.eval()
-        if where != home:
-            model.to(where)
-        # Not inference_mode: what a model caches in it could never be used in training again.
-        with torch.no_grad():
-            yield where
-    finally:
-        if where != home:
-            model.to(home)
-        for module, training in modes.items():
-            module.training = training
-
-
-class _Runner:
-    """Normalises frames and runs a function on them."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        wanted: ModelInput,
-        where: torch.device,
-        amp: torch.dtype | None,
-        channels_last: bool | None,
-    ) -> None:
-        self.model, self.wanted, self.where, self.amp = model, wanted, where, amp
-        self.channels_last = (where.type == "cpu" or amp is not None) if channels_last is None else channels_last
-        self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        self.mean, self.std = (
-            torch.tensor(values, device=where)[:, None, None] for values in (wanted.mean, wanted.std)
-        )
-
-    def probe(self) -> int:
-        """How many classes the model has, from a forward pass of one gray image."""
-        gray = torch.full((1, 3, self.wanted.size, self.wanted.size), 128, dtype=torch.uint8, device=self.where)
-        try:
-            logits = self.run(self.model, gray, is_normalized=True)
-        except RuntimeError as error:
-            shape = tuple(gray.shape)
-            raise ValueError(f"the model does not run on images {shape}: {' '.join(str(error).split())}") from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
-            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"expected a model that returns logits (N, classes), got {what} for one image")
-        return logits.shape[1]
-
-    def run(self, forward: Callable[[Tensor], Tensor], frame: Tensor, is_normalized: bool) -> Tensor:
-        # ToTensor and Normalize, operation by operation.
-        x = frame.float().div_(255)
-        if is_normalized:
-            x.sub_(self.mean).div_(self.std)
-        x = x.to(self.dtype, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
-        with torch.autocast(self.where.type, dtype=self.amp, enabled=self.amp is not None):
-            return forward(x)
-
-    def outputs(
-        self, forward: Callable[[Tensor], Tensor], frames: Iterable[Tensor], is_normalized: bool, names: list[str]
-    ) -> Iterator[Tensor]:
-        """The function's output for each frame, one after another; after the last, ValueError if one is not finite."""
-        is_finite = torch.ones(len(names), dtype=torch.bool, device=self.where)
-        for frame in frames:
-            out = self.run(forward, frame, is_normalized)
-            is_finite &= torch.isfinite(out).flatten(1).all(dim=1)
-            yield out
-        # Only now, since the question waits for the device.
-        if not is_finite.all():
-            half = f" under autocast to {self.amp}; try another dtype or none" if self.amp is not None else ""
-            raise ValueError(f"the output for {names[int(is_finite.int().argmin())]} is not finite{half}")
 
 
 # --- what comes together ----------------------------------------------------------------------------------------------
@@ -273,8 +220,9 @@ class _Found:
         self.origin, self.on_error = origin, on_error
         self.parts: dict[str, list[Tensor]] = {}
         self.places: list[Place] = []
+        self.checksums: list[Tensor] = []
         self.failed: list[Failure] = []
-        self.num_frames, self.waited = 0, 0.0
+        self.num_frames, self.waited = 0, 0.0  # with those of images that failed: the model saw them
 
     def add(self, values: dict[str, Tensor]) -> None:
         for name, column in values.items():
@@ -282,10 +230,10 @@ class _Found:
             dtype = torch.float32 if name.startswith("stem_") else torch.float64
             self.parts.setdefault(name, []).append(column.to("cpu", dtype))
 
-    def add_failures(self, batch: Batch) -> None:
-        if batch.failed and self.on_error == "raise":
-            raise _unreadable(batch.failed, self.origin)
-        self.failed += batch.failed
+    def add_failures(self, failures: Sequence[Failure]) -> None:
+        if failures and self.on_error == "raise":
+            raise _unreadable(failures, self.origin)
+        self.failed += failures
 
     def columns(self) -> dict[str, Tensor]:
         return {name: torch.cat(parts) for name, parts in self.parts.items()}

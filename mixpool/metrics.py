@@ -158,9 +158,9 @@ def bootstrap_interval(values: Tensor, confidence: float = 0.95, draws: int = DR
 
 
 def percentile_ends(draws: Tensor, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Both ends of the percentile interval of (S, ...) bootstrap draws."""
+    """Both ends of the percentile interval of (S, ...) bootstrap draws; those that are NaN are left out."""
     tail = (1 - confidence) / 2
-    low, high = torch.quantile(draws, torch.tensor([tail, 1 - tail], dtype=draws.dtype), dim=0)
+    low, high = torch.nanquantile(draws, torch.tensor([tail, 1 - tail], dtype=draws.dtype), dim=0)
     return low, high
 
 

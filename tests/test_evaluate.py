@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,22 +80,26 @@ def test_flips_of_a_model_of_known_answers():
     assert list(curve.values()) == pytest.approx([200 / 3, 0] * 4)
 
 
-def test_consistency_of_a_model_of_known_answers():
-    images = [(line(32, 64), 0) for _ in range(40)]
-    protocol = Consistency(SIZE)
+# Pictures that pass the resize to 64 + 32, or to 32 + 4, as they are.
+@pytest.mark.parametrize(("size", "side"), [(64, 96), (32, 36)])
+def test_consistency_of_a_model_of_known_answers(size, side):
+    images = [(line(size, side), 0) for _ in range(40)]
+    protocol = Consistency(size)
     offsets = np.stack([protocol.offsets(Place(i, i), 5) for i in range(40)])  # (40, 2, 2)
-    # The column leaves the crop where it starts at column 0 (then 31 is the last), and an empty crop is of class 0.
-    classes = np.where(offsets[:, :, 1] == 0, 0, (32 - offsets[:, :, 1]) % 2)
+    # The column leaves the crop where that starts at column 0, and an empty crop is of class 0.
+    classes = np.where(offsets[:, :, 1] == 0, 0, (size - offsets[:, :, 1]) % 2)
     expected = classes[:, 0] == classes[:, 1]
-    assert 5 < expected.sum() < 35
-    result = run(Parity(), images, "consistency", seed=5)
+    assert 5 < expected.sum() < 35 and (offsets[:, :, 1] == 0).any()
+    result = run(Parity(), images, "consistency", seed=5, model_input=replace(PLAIN, size=size))
     assert result.values["shift_consistency"].tolist() == expected.tolist()
     assert result.summary()["shift_consistency"] == pytest.approx(100 * expected.mean())
+    assert result.settings["margin"] == side - size
 
 
-def test_circular_consistency_of_a_model_of_known_answers():
-    images = [(line(32, 64), 0) for _ in range(40)]
-    same = run(Parity(), images, "circular").values["circular_consistency"]
+@pytest.mark.parametrize(("size", "side"), [(64, 96), (32, 36)])
+def test_circular_consistency_of_a_model_of_known_answers(size, side):
+    images = [(line(side // 2, side), 0) for _ in range(40)]
+    same = run(Parity(), images, "circular", model_input=replace(PLAIN, size=size)).values["circular_consistency"]
     draws = [np.random.SeedSequence((0, 3, i)).generate_state(4) for i in range(40)]
     assert same.tolist() == [(int(draw[1]) - int(draw[3])) % 2 == 0 for draw in draws]
 
@@ -354,13 +359,96 @@ def test_models_that_are_no_classifiers():
         run(nn.Conv2d(4, 1, 1), noise(1), "flips")
 
 
-def test_outputs_that_are_not_finite():
-    class Broken(Parity):
-        def forward(self, x):
-            return super().forward(x) / (x.amax(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0] > 0)
+class Fragile(Parity):
+    """Not finite for a picture that is all black."""
 
-    with pytest.raises(ValueError, match="the output for image 1 is not finite"):
-        run(Broken(), [(line(20, 40), 0), (line(None, 40), 0)], "flips")
+    def forward(self, x):
+        return super().forward(x) / (x.amax(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0] > 0)
+
+
+def test_outputs_that_are_not_finite():
+    images = [(line(20, 40), 0), (line(None, 40), 0), (line(21, 40), 1)]
+    with pytest.raises(ValueError, match="cannot use image 1 of the dataset: the model's output is not finite"):
+        run(Fragile(), images, "flips")
+    for batch_size in (1, 3):
+        result = run(Fragile(), images, "accuracy", "flips", on_error="skip", batch_size=batch_size)
+        assert result.indices.tolist() == [0, 2] and result.failed == (("image 1", "the model's output is not finite"),)
+        assert [len(values) for values in result.values.values()] == [2, 2] == [len(result.checksums)] * 2
+        assert result.summary()["top1"] == 100
+    with pytest.raises(ValueError, match="no image of the dataset can be used; image 1: the model's output"):
+        run(Fragile(), Images(images, limit=1), "flips", on_error="skip")
+
+
+def test_what_one_protocol_cannot_use_counts_for_none():
+    images = noise(3, 40) + [(line(0, 40), 0)]  # black but for its first column, which the crops leave
+    result = run(Fragile(), images, "accuracy", "flips", on_error="skip")
+    assert result.indices.tolist() == [0, 1, 2]
+    assert {name: len(values) for name, values in result.values.items()} == {
+        "top1": 3,
+        "flip_probability": 3,
+    }
+
+
+def test_classes_may_be_excluded():
+    class Masked(MeanColor):
+        def forward(self, x):
+            return super().forward(x) + torch.tensor([0, -math.inf, 0])
+
+    images = [(image, 0) for image, _ in noise(3)]
+    result = run(Masked(), images, "accuracy", "kl", "flips")
+    assert result.num_images == 3 and result.values["kl"].isfinite().all() and result.values["kl"].max() > 0
+
+    class AllMasked(Masked):
+        def forward(self, x):
+            return super().forward(x) - math.inf
+
+    with pytest.raises(ValueError, match="not finite"):
+        run(AllMasked(), images, "flips")
+
+
+def test_a_stem_whose_maps_are_not_finite():
+    model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6)).eval()
+    model[0].weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="image 0 of the dataset: the model's output is not finite"):
+        run(model, noise(2, 72), "stem", model_input=ModelInput(size=64))
+
+
+def test_a_stem_without_a_living_channel():
+    model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6)).eval()
+    nn.init.zeros_(model[0].weight)
+    result = run(model, noise(2, 72), "circular", "stem", model_input=ModelInput(size=64))
+    assert list(result.summary()) == ["circular_consistency"]
+    assert result.notes[-1] == "stem change not applicable: every channel of the stem is constant on these images"
+    json.dumps(result.as_record(), allow_nan=False)
+    with pytest.raises(ValueError, match="nothing to measure: stem change not applicable: every channel"):
+        run(model, noise(2, 72), "stem", model_input=ModelInput(size=64))
+
+
+def test_a_stem_that_lives_on_one_image_alone():
+    model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2, bias=False), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6)).eval()
+    images = [(line(None, 72), 0)] * 5 + noise(1, 72)
+    wanted = ModelInput(size=64, mean=(0.0,) * 3, std=(1.0,) * 3)
+    record = run(model, images, "stem", model_input=wanted).as_record()
+    json.dumps(record, allow_nan=False)
+    low, high = record["ci95"]["stem_change"]["horizontal"]["1"]
+    assert 0 < low <= record["summary"]["stem_change"]["horizontal"]["1"] <= high
+
+
+def test_pictures_that_cannot_be_cropped():
+    images = [(line(20, 40), 0), (Image.new("RGB", (0, 5)), 0), (line(21, 40), 1)]
+    with pytest.raises(ValueError, match="cannot use image 1 of the dataset: cannot be cropped: .*0 x 5 pixels"):
+        run(Parity(), images, "flips")
+    for source in (images, Stream(images)):
+        result = run(Parity(), source, "accuracy", "flips", on_error="skip")
+        assert result.indices.tolist() == [0, 2] and "0 x 5 pixels" in result.failed[0][1]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps"])
+def test_devices_that_are_not_there(device):
+    model = small_model().train()
+    with pytest.raises(ValueError, match=f"cannot use the device '{device}'"):
+        run(model, noise(1), "flips", device=device, model_input=ModelInput(size=64))
+    assert model.training
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -393,6 +481,9 @@ def test_paired_differences_are_over_the_common_images():
     assert record["summary"]["flip_probability"]["vertical"]["3"] == pytest.approx(expected[1, 2].item())
     same = paired_difference(first, first)["circular_consistency"]
     assert same.low == same.high == 0
+    others = run(MeanColor(), noise(12), "circular")
+    with pytest.raises(ValueError, match="same dataset, but image 0 and 11 more of the 12 with equal numbers are diff"):
+        paired_difference(first, others)
     with pytest.raises(ValueError, match="same seed"):
         paired_difference(first, run(Lopsided(), images, "flips", seed=2))
 

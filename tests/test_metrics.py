@@ -11,6 +11,7 @@ from mixpool.metrics import (
     flip_probability,
     kl_divergence,
     mean_flip_rate,
+    percentile_ends,
     resampled_means,
     shift_consistency,
     top_k,
@@ -81,6 +82,15 @@ def test_kl_stays_finite_where_a_probability_is_zero():
     assert kl_divergence(certain, certain).item() == 0
 
 
+def test_kl_of_classes_that_a_model_excludes():
+    masked = torch.tensor([[0.3, -math.inf, 1.2]])
+    assert kl_divergence(masked, masked - 0.5).item() == pytest.approx(0, abs=1e-9)
+    moved = torch.tensor([[1.3, -math.inf, 0.2]])
+    expected = kl_divergence(masked[:, [0, 2]], moved[:, [0, 2]]).item()
+    assert kl_divergence(masked, moved).item() == pytest.approx(expected) and expected > 0.1
+    assert kl_divergence(masked, torch.tensor([[-math.inf, 0.0, 0.0]])).item() == math.inf
+
+
 # --- intervals --------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +136,13 @@ def test_many_images_are_resampled_in_parts(monkeypatch):
     monkeypatch.setattr("mixpool.metrics._CHUNK", 100)
     parts = resampled_means(values, draws=30)
     assert torch.equal(whole, parts)
+
+
+def test_draws_that_say_nothing_are_left_out():
+    draws = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    draws = torch.stack([draws, torch.where(draws < 0.5, torch.nan, draws)], dim=1)
+    low, high = percentile_ends(draws, 0.9)
+    assert low.tolist() == pytest.approx([0.05, 0.525]) and high.tolist() == pytest.approx([0.95, 0.975])
 
 
 def test_intervals_of_wrong_arguments():

@@ -14,16 +14,14 @@ from mixpool.evaluation.protocols import (
     Circular,
     Consistency,
     Flips,
-    ModelInput,
-    OwnView,
     Place,
-    SquareView,
-    find_model_input,
     halved,
     halved_in_float,
+    margin,
 )
+from mixpool.evaluation.views import ModelInput, OwnView, SquareView, find_model_input
 
-SIZE = 32
+SIZE, LARGE = 32, 64
 
 
 def photo(width, height):
@@ -82,9 +80,63 @@ def test_the_model_says_what_it_wants():
         find_model_input(model)
 
 
-def test_a_wrong_input():
-    with pytest.raises(ValueError, match="crop_ratio"):
-        ModelInput(crop_ratio=87.5)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crop_ratio": 87.5}, "expected a crop ratio above 0 and up to 2, got 87.5"),
+        ({"crop_ratio": 0.0}, "expected a crop ratio above 0 and up to 2, got 0.0"),
+        ({"size": 0}, "at least 1 pixel, got a size of 0"),
+        ({"mean": (0.5,)}, "three means"),
+        ({"std": (1.0, 0.0, 1.0)}, "positive stds"),
+    ],
+)
+def test_a_wrong_input(settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        ModelInput(**settings)
+    assert "ModelInput(" not in str(error.value)
+
+
+def test_a_run_says_how_its_images_were():
+    model = timm.create_model("resnet18.a1_in1k")
+    run = {"img_size": 32, "mean": [0.1, 0.2, 0.3], "std": [0.4], "crop_pct": 1.0, "interpolation": "bilinear"}
+    expected = ModelInput(32, 1.0, "bilinear", mean=(0.1, 0.2, 0.3), std=(0.4,) * 3)
+    assert find_model_input(model, run) == find_model_input(torch.nn.Identity(), run) == expected
+    # What a run leaves open is the model's, and for one without a configuration timm's, as in the training.
+    unset = {"img_size": None, "input_size": [3, 48, 48], "mean": None, "std": None, "crop_pct": None}
+    config = timm.data.resolve_data_config(unset, model=model)
+    assert find_model_input(model, unset).crop_ratio == config["crop_pct"] == 0.95
+    assert find_model_input(model, {**unset, "interpolation": ""}).size == 48
+    assert find_model_input(torch.nn.Identity(), unset).interpolation == "bicubic"
+    with pytest.raises(ValueError, match="do not fit together"):
+        find_model_input(model, {"mean": [0.1, 0.2]})
+    with pytest.raises(ValueError, match="square RGB images"):
+        find_model_input(model, {"input_size": [1, 32, 32]})
+
+
+def test_the_size_of_timms_tables():
+    model = timm.create_model("resnet34.a1_in1k")
+    own, tables = find_model_input(model), find_model_input(model, use_test_size=True)
+    assert (own.size, own.crop_ratio) == (224, 0.95) and (tables.size, tables.crop_ratio) == (288, 1.0)
+
+
+def test_a_crop_larger_than_the_picture_gets_a_border():
+    wanted = ModelInput(size=32, crop_ratio=1.15, interpolation="bicubic")
+    image = Image.new("RGB", (60, 60), "white")
+    transform = timm.data.create_transform(
+        (3, 32, 32), interpolation="bicubic", crop_pct=1.15, mean=(0,) * 3, std=(1,) * 3
+    )
+    found = as_batch(OwnView(wanted), image)[0].float() / 255
+    assert torch.equal(found, transform(image)) and found.min() == 0 and found.max() == 1
+
+
+@pytest.mark.parametrize("view", [SquareView(40), OwnView(ModelInput(size=32, crop_ratio=0.8))])
+def test_pictures_that_would_fill_the_memory(view, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 40 * 40 * 30)
+    assert view(photo(30, 1)).shape == (view(photo(40, 40))).shape
+    with pytest.raises(ValueError, match=r"1 x 31 pixels: resized to a shorter side of 40 .*more than Pillow's limit"):
+        view(photo(1, 31))
+    with pytest.raises(ValueError, match="a picture of 0 x 5 pixels"):
+        view(Image.new("RGB", (0, 5)))
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
@@ -145,14 +197,14 @@ def test_halving_is_pils_to_the_bit(function):
 
 
 def test_consistency_takes_the_crops_at_its_offsets():
-    protocol = Consistency(SIZE, draws=2)
+    protocol = Consistency(LARGE, draws=2)
     place = Place(index=5, rank=2)
-    found = corners(protocol.frames(numbered(SIZE + 32), [place], seed=1))
+    found = corners(protocol.frames(numbered(LARGE + 32), [place], seed=1))
     assert found == [tuple(offset) for offset in protocol.offsets(place, 1).tolist()] and len(set(found)) > 1
 
 
 def test_offsets_are_uniform_from_0_to_31_and_each_images_own():
-    protocol = Consistency(SIZE)
+    protocol = Consistency(LARGE)
     offsets = np.stack([protocol.offsets(Place(i, i), 0) for i in range(2000)])
     assert offsets.min() == 0 and offsets.max() == 31
     counts = np.bincount(offsets.ravel(), minlength=32)
@@ -162,8 +214,30 @@ def test_offsets_are_uniform_from_0_to_31_and_each_images_own():
     assert np.abs(correlations).max() < 5 / np.sqrt(2000)
 
 
-def test_offsets_depend_on_seed_and_image_alone():
+@pytest.mark.parametrize(
+    ("size", "pixels"), [(224, 32), (227, 32), (64, 32), (63, 9), (32, 4), (28, 4), (8, 1), (5, 1)]
+)
+def test_the_margin_shrinks_for_small_inputs_alone(size, pixels):
+    assert margin(size) == pixels
+    for name in ("consistency", "circular"):
+        assert PROTOCOLS[name](ModelInput(size=size)).view.side == size + pixels
+
+
+def test_offsets_of_a_small_image():
     protocol = Consistency(SIZE)
+    places = [Place(i, i) for i in range(300)]
+    offsets = np.stack([protocol.offsets(place, 0) for place in places])
+    assert sorted(set(offsets.ravel().tolist())) == [0, 1, 2, 3, 4]
+    frames = list(protocol.frames(numbered(SIZE + 4).expand(300, -1, -1, -1), places, 0))
+    assert all(frame.shape == (300, 3, SIZE, SIZE) for frame in frames)
+    rolled = set()
+    for frame in Circular(SIZE).frames(numbered(SIZE + 4).expand(300, -1, -1, -1), places, 0):
+        rolled |= {(2 - int(y)) % SIZE for y in frame[:, 0, 0, 0]}
+    assert {shift - SIZE * (shift > SIZE // 2) for shift in rolled} == set(range(-4, 4))
+
+
+def test_offsets_depend_on_seed_and_image_alone():
+    protocol = Consistency(LARGE)
     first = protocol.offsets(Place(7, 0), 3)
     assert (first == protocol.offsets(Place(7, 5), 3)).all()
     assert (first != protocol.offsets(Place(7, 0), 4)).any() and (first != protocol.offsets(Place(8, 0), 3)).any()
@@ -177,15 +251,15 @@ def test_shared_offsets_are_those_of_eight_successive_images():
 
 
 def test_circular_shifts_roll_the_centre_crop():
-    protocol = Circular(SIZE)
-    image = numbered(SIZE + 32)
-    centre = image[0, :, 16 : 16 + SIZE, 16 : 16 + SIZE]
+    protocol = Circular(LARGE)
+    image = numbered(LARGE + 32)
+    centre = image[0, :, 16 : 16 + LARGE, 16 : 16 + LARGE]
     places = [Place(i, i) for i in range(50)]
     frames = list(protocol.frames(image.expand(50, -1, -1, -1), places, 0))
     shifts = set()
     for frame in frames:
         for rolled in frame:
-            y, x = (16 - int(rolled[0, 0, 0])) % SIZE, (16 - int(rolled[1, 0, 0])) % SIZE
+            y, x = (16 - int(rolled[0, 0, 0])) % LARGE, (16 - int(rolled[1, 0, 0])) % LARGE
             assert torch.equal(rolled, centre.roll((y, x), (1, 2)))
             shifts.add((y, x))
     assert len(shifts) > 80

@@ -67,6 +67,7 @@ class Evaluation:
         values: metric -> (N, ...) float64 per image, shares in [0, 1] or nats, with the axes of `METRICS`.
         stem_sums: of `stem_change`, or empty.
         indices: (N,) number of each image in the dataset.
+        checksums: (N,) of the pictures.
         failed: (image, why it was left out).
         num_found: images that the dataset has, before any limit; None for a stream that was not read to its end.
         notes: what a reader of the numbers should know (no stem found, and why).
@@ -77,6 +78,7 @@ class Evaluation:
     values: Mapping[str, Tensor]
     stem_sums: Mapping[str, Tensor]
     indices: Tensor
+    checksums: Tensor
     failed: tuple[tuple[str, str], ...]
     num_found: int | None
     notes: tuple[str, ...]
@@ -131,7 +133,7 @@ def paired_difference(first: Evaluation, second: Evaluation) -> dict[str, Interv
     change, which is no mean of values per image, is compared where both saw just the same images.
 
     Raises:
-        ValueError: they have no image in common, or were measured with other seeds or sizes of the input.
+        ValueError: they have no image in common, or are of different datasets, seeds or sizes of the input.
     """
     for name in ("seed", "size"):
         if first.settings[name] != second.settings[name]:
@@ -141,6 +143,13 @@ def paired_difference(first: Evaluation, second: Evaluation) -> dict[str, Interv
     if not pairs:
         raise ValueError("expected two evaluations of the same images, they have none in common")
     ours, theirs = torch.tensor(pairs).unbind(dim=1)
+    differs = (first.checksums[ours] != second.checksums[theirs]).nonzero()[:, 0]
+    if len(differs):
+        number = int(first.indices[ours][differs[0]])
+        raise ValueError(
+            f"expected two evaluations of the same dataset, but image {number} and {len(differs) - 1} more of the "
+            f"{len(pairs)} with equal numbers are different pictures"
+        )
     found = {
         name: bootstrap_interval((second.values[name][theirs] - first.values[name][ours]) * _scale(name))
         for name in first.values

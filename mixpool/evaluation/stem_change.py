@@ -56,11 +56,18 @@ class StemFrames:
         }
 
 
+def changes_at_all(sums: Mapping[str, Tensor]) -> bool:
+    """Whether any channel of the stem is not constant; without one there is no change to speak of."""
+    return bool(_is_alive(sums["stem_mean"].double().mean(dim=0), sums["stem_mean_square"].double().mean(dim=0)).any())
+
+
 def stem_change(sums: Mapping[str, Tensor]) -> Interval:
     """(D, K) change, mean over the channels that are not constant, with its 95 % bootstrap interval over images.
 
     change_c(k) = sqrt(mean (f_c(x_k) - f_c(x_0))^2) / sqrt(mean (f_c(x_0) - mean f_c(x_0))^2), the means over images
     and positions, as in `mixpool.stability`. Its unit is the channel's own standard deviation; less is steadier.
+
+    Bootstrap samples in which all channels are constant say nothing and are left out.
 
     Args:
         sums: as `StemFrames.measure` returns them, of all images.
@@ -88,10 +95,12 @@ def _with_draws(sums: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _change(square: Tensor, mean: Tensor, mean_square: Tensor) -> Tensor:
-    variance = mean_square - mean.square()
-    is_alive = variance > 1e-6 * mean_square  # below lies the rounding of a constant map's float32 sums
-    ratio = (square / variance[..., None, None, :]).sqrt()
-    return torch.where(is_alive[..., None, None, :], ratio, torch.nan).nanmean(dim=-1)
+    ratio = (square / (mean_square - mean.square())[..., None, None, :]).sqrt()
+    return torch.where(_is_alive(mean, mean_square)[..., None, None, :], ratio, torch.nan).nanmean(dim=-1)
+
+
+def _is_alive(mean: Tensor, mean_square: Tensor) -> Tensor:
+    return mean_square - mean.square() > 1e-6 * mean_square  # below lies the rounding of a constant map's float32 sums
 
 
 def find_stem_of(model: nn.Module) -> tuple[Callable[[Tensor], Tensor] | None, str]:
