@@ -9,6 +9,7 @@ INSTALL_LOG := $(VENV)/install.log
 
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_PROCESSES ?= 2
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -20,8 +21,8 @@ help: ## list the targets
 demo: $(STAMP) ## run the demonstration; options: DEMO_ARGS="--output DIR"
 	@$(BIN)/mixpool demo $(DEMO_ARGS)
 
-test: lint ## lint, then the whole test suite; options: TEST_ARGS="-m 'not slow' -x"
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: lint ## lint, then the whole test suite; options: TEST_ARGS="-m 'not slow' -x" TEST_PROCESSES=8
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(TEST_ARGS)
 
 lint: $(STAMP) ## ruff check and ruff format --check
 	$(BIN)/ruff check .
