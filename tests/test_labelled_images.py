@@ -244,6 +244,36 @@ def test_a_split_that_does_not_exist_is_not_all_splits_together(folder):
     assert len(open_images(folder / "val", split="whatever")) == 12
 
 
+def test_splits_beside_other_folders(folder):
+    """All splits together are no split either where one more folder lies beside them."""
+    (folder / "train/ant").mkdir(parents=True)
+    (folder / "devkit").mkdir()
+    picture(3).save(folder / "train/ant/0.png")
+    picture(4).save(folder / "devkit/figure.png")
+    with pytest.raises(ValueError, match="expected a folder 'tset' in .*found devkit, train, val"):
+        open_images(folder, split="tset")
+    assert len(open_images(folder, split="train")) == 1 and len(open_images(folder, split="validation")) == 12
+
+
+def test_a_class_may_be_called_as_a_split(tmp_path):
+    for name in ("bus", "train", "tram"):
+        (tmp_path / name).mkdir()
+        picture(3).save(tmp_path / name / "0.png")
+    images = open_images(tmp_path)
+    assert (len(images), images.num_classes) == (3, 3)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "wds", "torch", "nothing/imagenet"])
+def test_names_of_no_dataset(folder, name):
+    with pytest.raises(ValueError, match=f"one of torch/NAME, hfds/NAME, wds/NAME.*got '{name}'"):
+        open_images(folder, dataset=name)
+
+
+@pytest.mark.parametrize("name", ["", "folder", "Image_Folder"])
+def test_names_of_a_folder(folder, name):
+    assert len(open_images(folder, dataset=name)) == 12
+
+
 def test_readers_whose_package_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, package in (("hfds/x", "datasets"), ("hfids/x", "datasets"), ("wds/x", "webdataset")):

@@ -264,8 +264,8 @@ def test_images_that_cannot_be_read_are_named(damaged, tmp_path):
         train(options(damaged, tmp_path))
     record = train(options(damaged, tmp_path, on_error="skip", workers=1))
     assert [[Path(name).name for name in names] for names in record["skipped_images"].values()] == [["1.png"]] * 2
-    # Nine of ten validation images are left: any accuracy is a multiple of a ninth.
-    assert record["final"]["val_top1"] * 9 / 100 == pytest.approx(round(record["final"]["val_top1"] * 9 / 100))
+    # Eight of nine validation images are left: any accuracy is a multiple of an eighth.
+    assert record["final"]["val_top1"] * 8 / 100 == pytest.approx(round(record["final"]["val_top1"] * 8 / 100))
 
 
 def test_gray_images(photos, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from torch import nn
 
 from mixpool.training import data
 from mixpool.training.run import Run
@@ -121,6 +122,8 @@ def validate(run: Run, *, ema: bool = False, limit: int = 0) -> dict[str, float]
     """
     evaluator = run.task.create_evaluator()
     model = run.task.get_eval_model(ema=ema)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # whose forward is no collective: the processes may have different numbers of batches
     was_training = model.training
     model.eval()
     with torch.inference_mode():
