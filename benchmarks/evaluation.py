@@ -21,9 +21,9 @@ from benchmarks.sample import CROP, RECORDS, shared_folder, split, squeezenet
 from mixpool import convert, records
 from mixpool.data import normalize
 from mixpool.evaluate import CPU_BATCH, DEFAULT, evaluate
-from mixpool.evaluation.protocols import ModelInput, OwnView
 from mixpool.evaluation.result import difference_record
 from mixpool.evaluation.table import table_text
+from mixpool.evaluation.views import ModelInput, OwnView
 from mixpool.labelled_images import Images, open_images
 
 ROUNDS = 3

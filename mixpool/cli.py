@@ -97,12 +97,12 @@ def run_demo_command(options: argparse.Namespace) -> None:
 
 
 def run_inspect_command(options: argparse.Namespace) -> None:
-    model, report, photos = _load_and_convert(options)
+    model, report, photos = _load_and_convert(options, may_be_converted=True)
     if options.plot is not None:
         from mixpool.checkpoint import converted_stems, stock_state_dict
         from mixpool.plots import plot_filter_bank, save_figure
 
-        (name,) = converted_stems(model)
+        name = next(iter(converted_stems(model)))
         weight = stock_state_dict(model)[f"{name}.weight"]  # as it was before any calibration
         plot = save_figure(plot_filter_bank(weight, report), options.plot)
     if options.json:
@@ -203,8 +203,13 @@ COMMANDS = {
 # --- steps of the commands --------------------------------------------------------------------------------------------
 
 
-def _load_and_convert(options: argparse.Namespace) -> tuple[nn.Module, ConversionReport, Photos | None]:
-    """The model named by the options with its weights, converted; with --images also measured and calibrated."""
+def _load_and_convert(
+    options: argparse.Namespace, *, may_be_converted: bool = False
+) -> tuple[nn.Module, ConversionReport, Photos | None]:
+    """The model named by the options with its weights, converted; with --images also measured and calibrated.
+
+    One that is converted already is left as it is, if it may be.
+    """
     if options.checkpoint is not None and options.pretrained:
         raise ValueError("expected --pretrained or --checkpoint, got both")
     select = parse_select(options.select)
@@ -213,15 +218,22 @@ def _load_and_convert(options: argparse.Namespace) -> tuple[nn.Module, Conversio
         if path is not None:
             _existing(path)
 
+    from mixpool.checkpoint import converted_stems
     from mixpool.convert import convert
     from mixpool.data import normalize
-    from mixpool.loading import create_model, input_settings, load_checkpoint
+    from mixpool.loading import input_settings, load_model, read_checkpoint
 
-    model = create_model(options.model, pretrained=options.pretrained, num_classes=options.num_classes)
-    if options.checkpoint is not None:
-        load_checkpoint(model, options.checkpoint)
-    elif not options.pretrained:
+    checkpoint = None if options.checkpoint is None else read_checkpoint(options.checkpoint)
+    model = load_model(options.model, checkpoint, pretrained=options.pretrained, num_classes=options.num_classes)
+    if checkpoint is None and not options.pretrained:
         print("mixpool: note: random weights; give --checkpoint FILE or --pretrained for trained ones", file=sys.stderr)
+    elif checkpoint is not None and checkpoint.is_average:
+        print("mixpool: note: took the moving average of the weights", file=sys.stderr)
+    if converted_stems(model):
+        if not may_be_converted:
+            what = options.checkpoint or options.model
+            raise ValueError(f"{what} is a converted model already; give the stock one it was made from")
+        return model, _present_report(model, options), None
     photos, images = None, None
     if options.images is not None:
         settings = input_settings(model)
@@ -237,6 +249,27 @@ def _load_and_convert(options: argparse.Namespace) -> tuple[nn.Module, Conversio
         stem=options.stem,
     )
     return model, report, photos
+
+
+def _present_report(model: nn.Module, options: argparse.Namespace) -> ConversionReport:
+    """What a converted model is: its plan as it is, and the numbers of its filters as they are now."""
+    import torch
+
+    from mixpool.checkpoint import converted_stems
+    from mixpool.plan import ChannelPlan
+    from mixpool.report import ConversionReport
+    from mixpool.stats import analyze
+
+    usual = {"select": "auto", "blur": 3, "max_blur": 1, "imag": "tied", "stem": None, "images": None}
+    given = [f"--{name.replace('_', '-')}" for name, value in usual.items() if getattr(options, name) != value]
+    if given:
+        raise ValueError(f"the model is converted already: its plan is shown as it is, without {' and '.join(given)}")
+    name, stem = next(iter(converted_stems(model).items()))
+    stats, count = analyze(stem.weight.detach(), stem.stride, window=stem.window), len(stem.kinds)
+    options.select = None  # for the JSON: nothing was selected here
+    plan = ChannelPlan(stem.kinds, ("as the model has it",) * count, stats, torch.full((count,), math.nan))
+    parts = name if stem.stock is None else " -> ".join(stem.stock.names.values())
+    return ConversionReport(parts, plan, stem.blur, stem.max_blur, stem.imag, None, ())
 
 
 def _folder_photos(options: argparse.Namespace, size: int, crop_ratio: float = 1.0) -> Photos:

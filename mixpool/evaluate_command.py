@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixpool.evaluate import DEFAULT, NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mixpool.evaluation.protocols import ModelInput
+    from mixpool.evaluation.views import ModelInput
+    from mixpool.loading import Checkpoint
 
 HELP = "accuracy and steadiness under shifts of models on a labelled dataset"
 DESCRIPTION = (
     "Measure models on the same images: top-1/5, Zhang's shift consistency, circular consistency, flips at 1 to 8\n"
     "pixels, KL over half-pixel shifts and the change of the stem, with 95 % intervals and paired differences to\n"
-    "the first model. Writes evaluation.jsonl and figures of the curves."
+    "the first model. Adds its records to evaluation.jsonl, and draws the curves; nothing is overwritten.\n"
+    "\n"
+    "Of a checkpoint that says how it was trained (mixpool train, timm's script) the network is built and the images\n"
+    "are made as in that training, and the moving average of its weights is taken if it has one."
 )
 EXAMPLES = (
     "examples:\n"
@@ -31,9 +36,11 @@ EXAMPLES = (
     "      --class-map synsets.txt --limit 1000 --size 227\n"
     "  mixpool evaluate torchvision/resnet50 --checkpoint w.pth --data val.tar --protocols accuracy consistency\n"
     "  mixpool evaluate resnet50.a1_in1k --pretrained --dataset hfds/imagenet-1k --split validation --amp bfloat16\n"
+    "  mixpool evaluate mixpool_resnet18=output/run/model_best.pth.tar --data cifar10/ --split test\n"
     "a class folder is known by its name: without --class-map the sorted names are numbered from 0"
 )
 SHOWN_FAILURES = 10
+RECORDS = "evaluation.jsonl"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_argument_group("weights (random without)")
     weights.add_argument("--pretrained", action="store_true", help="the library's weights for models without a FILE")
     weights.add_argument("--checkpoint", metavar="FILE", help="stock or converted; the same as MODEL=FILE of one model")
+    weights.add_argument(
+        "--no-ema", dest="ema", action="store_false", help="not the moving average of a checkpoint that has one"
+    )
     weights.add_argument("--num-classes", type=_integer(1), metavar="N", help="classes of the model, if not the usual")
     weights.add_argument("--convert", action="store_true", help="also measure each model converted by mixpool")
     weights.add_argument(
@@ -61,12 +71,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--class-map", metavar="FILE", help=".txt of class folders, one per line, in the model's order")
     data.add_argument("--limit", type=_integer(0), default=0, metavar="N", help="images, evenly spread (default: all)")
     data.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="images that cannot be read")
+    images = parser.add_argument_group(
+        "images",
+        "Default: as a checkpoint's training had them, else as timm's configuration of the model or torchvision's of\n"
+        "its --pretrained weights says. Any other torchvision model: resized to 256, crop of 224, bilinear.",
+    )
+    images.add_argument("--size", type=_integer(8), metavar="PX", help="side of the model's input")
+    images.add_argument("--test-size", action="store_true", help="size and crop of timm's tables, where it has two")
+    images.add_argument("--crop-ratio", type=float, metavar="R", help="crop over resized side of its accuracy")
+    images.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="of the resize of its accuracy")
+    images.add_argument("--mean", type=float, nargs=3, metavar="X", help="of red, green and blue in 0 to 1")
+    images.add_argument("--std", type=float, nargs=3, metavar="X", help="their standard deviations")
     how = parser.add_argument_group("measurement")
     names = f"{', '.join(NAMES)} (default: {' '.join(DEFAULT)})"
     how.add_argument("--protocols", nargs="+", choices=NAMES, default=DEFAULT, metavar="NAME", help=names)
-    how.add_argument("--size", type=_integer(8), metavar="PX", help="side of the model's input, if not as it says")
-    how.add_argument("--crop-ratio", type=float, metavar="R", help="crop over resized side of its accuracy")
-    how.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="of the resize of its accuracy")
     how.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="of random shifts (default: %(default)s)")
     how.add_argument("--batch-size", type=_integer(1), metavar="N", help="default: 16 on a CPU, 256 on a GPU")
     how.add_argument("--workers", type=_integer(0), metavar="N", help="processes that load images")
@@ -97,18 +115,20 @@ def run(options: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{path} does not exist")
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"cannot write into {folder}")
+    path = folder / RECORDS
+    if not os.access(path if path.exists() else folder, os.W_OK) or path.is_dir():
+        raise PermissionError(f"cannot write {path}")
 
     import torch
 
-    from mixpool import records
     from mixpool.evaluate import evaluate
     from mixpool.evaluation.plots import write_figures
     from mixpool.evaluation.result import difference_record
+    from mixpool.evaluation.runner import usable_device
     from mixpool.evaluation.table import table_text
     from mixpool.labelled_images import open_images
 
+    device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     images = open_images(
         options.data or "",
         dataset=options.dataset,
@@ -118,16 +138,16 @@ def run(options: argparse.Namespace) -> None:
     )
     # All models before any of them is measured: a name with a typing error should not be found hours later.
     models = [entry for name, file in specs for entry in _load(name, file, options)]
-    if len({label for label, _, _ in models}) < len(models):  # files of one name in different folders
-        models = [(f"{label} ({about['checkpoint']})", model, about) for label, model, about in models]
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if len({entry.label for entry in models}) < len(models):  # files of one name in different folders
+        models = [entry._replace(label=f"{entry.label} ({entry.about['checkpoint']})") for entry in models]
+    call = f"{datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')} {os.getpid()}"
     found, first = [], None
-    for label, model, about in models:
+    for label, model, wanted, about in models:
         result = evaluate(
             model,
             images,
             protocols=options.protocols,
-            model_input=_input_of(model, options),
+            model_input=wanted,
             batch_size=options.batch_size,
             workers=options.workers,
             device=device,
@@ -144,20 +164,44 @@ def run(options: argparse.Namespace) -> None:
         fields: dict[str, Any] = {"model": label, **about, "dataset": images.origin, "split": options.split}
         if first is None:
             first = (label, result)
-        elif first[1].settings["size"] == result.settings["size"]:
-            fields |= {"difference_to": first[0], "difference": difference_record(first[1], result)}
         else:
-            _say(f"{label}: no difference to {first[0]}, whose input has another size")
-        found.append(result.as_record(**fields))
-        records.write(folder / "evaluation.jsonl", found)
-    figures = write_figures(found, folder)
+            try:
+                fields |= {"difference": difference_record(first[1], result), "difference_to": first[0]}
+            except ValueError as error:  # inputs of another size; the numbers of this model are good all the same
+                _say(f"{label}: no difference to {first[0]}: {error}")
+        found.append(result.as_record(**fields, call=call))
+        _append(path, found[-1])
+    figures = write_figures(found, folder, _free_prefix(folder))
     if options.json:
         print(json.dumps(found, indent=2, allow_nan=False))
     else:
         print("Means over images, in brackets 95 % intervals; * marks a difference whose interval leaves out 0\n")
         print(table_text(found))
-        print(f"\nrecords: {folder / 'evaluation.jsonl'}")
+        print(f"\nrecords: {path}, the last {len(found)}")
         print("\n".join(f"picture: {figure}" for figure in figures))
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    """Add a line to the records; those of earlier calls stay, and so do those of another one that runs now."""
+    line = json.dumps(record) + "\n"
+    with open(path, "a+b") as file:
+        if file.seek(0, os.SEEK_END) > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a call that was killed while it wrote
+                line = "\n" + line
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _free_prefix(folder: Path) -> str:
+    """evaluation, evaluation-2, ...: the first under which the folder has no figure."""
+    number = 1
+    while True:
+        prefix = "evaluation" if number == 1 else f"evaluation-{number}"
+        if not any(folder.glob(f"{prefix}-[a-z]*.png")):
+            return prefix
+        number += 1
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -181,76 +225,105 @@ def _model_specs(options: argparse.Namespace) -> list[tuple[str, str | None]]:
     return specs
 
 
-def _load(name: str, file: str | None, options: argparse.Namespace) -> list[tuple[str, nn.Module, dict[str, Any]]]:
-    """(label, model, fields of the record) of a model, and with --convert of its conversion."""
-    from mixpool.convert import convert
+class _Entry(NamedTuple):
+    """A model to evaluate, the input it wants, and what the record says about it."""
 
-    model = load_model(name, file, pretrained=options.pretrained and file is None, num_classes=options.num_classes)
-    if file is None and not options.pretrained:
-        _say(f"note: {name} has random weights; give {name}=FILE or --pretrained for trained ones")
+    label: str
+    model: nn.Module
+    wanted: ModelInput
+    about: dict[str, Any]
+
+
+def _load(name: str, file: str | None, options: argparse.Namespace) -> list[_Entry]:
+    """A model, and with --convert its conversion."""
+    from mixpool.convert import convert
+    from mixpool.loading import load_model, read_checkpoint
+
+    is_pretrained = options.pretrained and file is None
+    checkpoint = None if file is None else read_checkpoint(file, use_ema=options.ema)
+    model = load_model(name, checkpoint, pretrained=is_pretrained, num_classes=options.num_classes)
     label = name if file is None else f"{name}={Path(file).name}"
-    about = {"checkpoint": file, "checkpoint_sha256": None if file is None else _sha256(file), "converted": False}
-    entries = [(label, model, {**about, "pretrained": options.pretrained and file is None})]
+    wanted = _input_of(model, options, checkpoint)
+    _tell_what_was_taken(name, label, model, wanted, options, checkpoint)
+    about = {
+        "checkpoint": file,
+        "checkpoint_sha256": None if file is None else _sha256(file),
+        "moving_average": checkpoint is not None and checkpoint.is_average,
+        "trained_as": None if checkpoint is None else checkpoint.arch,
+        "pretrained": is_pretrained,
+    }
+    entries = [_Entry(label, model, wanted, about | _stems_of(model))]
     if options.convert:
         twin = copy.deepcopy(model)
-        report = convert(twin, images=_calibration_images(twin, options))
+        report = convert(twin, images=_calibration_images(wanted, options))
         _say("\n".join(str(report).splitlines()[:2]))
-        about = entries[0][2] | {
-            "converted": True,
-            "num_modulus": report.num_modulus,
-            "calibrated_on": options.calibrate,
-        }
-        entries.append((f"{label} + mixpool", twin, about))
+        about = about | _stems_of(twin) | {"calibrated_on": options.calibrate}
+        entries.append(_Entry(f"{label} + mixpool", twin, wanted, about))
     return entries
 
 
-def load_model(
-    name: str, file: str | Path | None = None, *, pretrained: bool = False, num_classes: int | None = None
-) -> nn.Module:
-    """A model by name with the weights of a file, of a stock model or of a converted one.
-
-    Raises:
-        ValueError: no such model, or the file does not fit it.
-    """
+def _stems_of(model: nn.Module) -> dict[str, Any]:
+    """Whether the model that is measured has converted stems, and how many of their channels take the modulus."""
     from mixpool.checkpoint import converted_stems
-    from mixpool.convert import convert
-    from mixpool.loading import create_model, load_checkpoint, read_state
 
-    model = create_model(name, pretrained=pretrained, num_classes=num_classes)
-    if file is None:
-        return model
-    state = read_state(file)
-    stems = [key.removesuffix(".plan") for key in state if key.endswith(".plan")]
-    if not stems and not converted_stems(model):
-        load_checkpoint(model, file)
-        return model
-    try:
-        if not converted_stems(model):
-            for stem in stems:
-                imag = "free" if f"{stem}.weight_imag" in state else "tied"
-                convert(model, select="none", imag=imag, stem=stem)
-        model.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{file} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
-    return model.eval()
+    stems = converted_stems(model).values()
+    return {"converted": bool(stems), "num_modulus": sum(stem.num_modulus for stem in stems)}
 
 
-def _input_of(model: nn.Module, options: argparse.Namespace) -> ModelInput:
+def _tell_what_was_taken(
+    name: str,
+    label: str,
+    model: nn.Module,
+    wanted: ModelInput,
+    options: argparse.Namespace,
+    checkpoint: Checkpoint | None,
+) -> None:
+    """What was chosen without being asked for."""
+    if checkpoint is None and not options.pretrained:
+        _say(f"note: {name} has random weights; give {name}=FILE or --pretrained for trained ones")
+    if checkpoint is not None and checkpoint.is_average:
+        _say(f"{label}: took the moving average of the weights (--no-ema for the weights themselves)")
+    elif checkpoint is not None and checkpoint.has_average:
+        _say(f"{label}: took the weights, not their moving average")
+    if checkpoint is not None and checkpoint.arch is not None and not checkpoint.is_of(name):
+        _say(f"warning: {label}: the checkpoint is of {checkpoint.arch}")
+    if checkpoint is not None and checkpoint.is_of(name):
+        built, arguments = checkpoint.built_as(name)
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items() if key != "num_classes")
+        if given or built != name:
+            _say(f"{label}: built as in its training: {built}{' with ' if given else ''}{given}")
+    about = f"{wanted.size} px, crop ratio {wanted.crop_ratio:.4g}, {wanted.interpolation}"
+    if checkpoint is not None and checkpoint.settings is not None:
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (wanted.mean, wanted.std))
+        _say(f"{label}: images as in its training: {about}, mean {mean}, std {std}")
+    elif not hasattr(model, "pretrained_cfg") and options.size is None and options.crop_ratio is None:
+        _say(f"note: {name} does not say how its images have to be; taken: {about} (see --size, --crop-ratio, --mean)")
+
+
+def _input_of(model: nn.Module, options: argparse.Namespace, checkpoint: Checkpoint | None) -> ModelInput:
+    """As the training had its images, or as the model says, but where the options say otherwise."""
     import dataclasses
 
-    from mixpool.evaluation.protocols import find_model_input
+    from mixpool.evaluation.views import find_model_input
 
-    changes = {"size": options.size, "crop_ratio": options.crop_ratio, "interpolation": options.interpolation}
-    return dataclasses.replace(find_model_input(model), **{k: v for k, v in changes.items() if v is not None})
+    settings = None if checkpoint is None else checkpoint.settings
+    wanted = find_model_input(model, settings, use_test_size=options.test_size)
+    changes = {
+        "size": options.size,
+        "crop_ratio": options.crop_ratio,
+        "interpolation": options.interpolation,
+        "mean": None if options.mean is None else tuple(options.mean),
+        "std": None if options.std is None else tuple(options.std),
+    }
+    return dataclasses.replace(wanted, **{name: value for name, value in changes.items() if value is not None})
 
 
-def _calibration_images(model: nn.Module, options: argparse.Namespace) -> Tensor | None:
+def _calibration_images(wanted: ModelInput, options: argparse.Namespace) -> Tensor | None:
     if options.calibrate is None:
         return None
     from mixpool.data import load_images, normalize
 
-    wanted = _input_of(model, options)
-    photos = load_images(options.calibrate, wanted.size, 100, crop_ratio=wanted.crop_ratio)
+    photos = load_images(options.calibrate, wanted.size, 100, crop_ratio=min(1.0, wanted.crop_ratio))
     _report_failures(photos.failed)
     return normalize(photos.images, wanted.mean, wanted.std)
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 STREAMS = ("wds", "hfids", "tfds")
-FOLDER_NAMES = ("", "folder", "imagefolder", "image_folder")  # what means a folder or a .tar; timm takes any other word for that too
+# What means a folder or a .tar. timm takes any other word for that too, one with a typing error for one.
+FOLDER_NAMES = ("", "folder", "imagefolder", "image_folder")
 KINDS = ("torch", "hfds", *STREAMS)
 _PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets"}
 _SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # what timm takes for one

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +64,19 @@ class Checkpoint:
     def is_of(self, name: str) -> bool:
         """Whether the network that was trained is the one of this name, or the mixpool or stock model to it."""
         return self.arch is not None and _bare(self.arch) == _bare(name)
+
+    def built_as(self, name: str) -> tuple[str, dict[str, Any]]:
+        """The network to load this into where one of `name` is asked for: its name and the constructor's arguments.
+
+        They are those of the training, if it was of that network. A mixpool model stays one: the stock model to it
+        does not take its arguments.
+        """
+        if not self.is_of(name):
+            return name, {}
+        settings = self.settings or {}
+        found = {argument: settings.get(option) for option, argument in BUILT_WITH.items()}
+        arguments = {argument: value for argument, value in found.items() if value is not None}
+        return self.arch if self.arch.startswith("mixpool_") else name, arguments | (settings.get("model_kwargs") or {})
 
 
 def create_model(name: str, *, pretrained: bool = False, num_classes: int | None = None, **arguments: Any) -> nn.Module:
@@ -142,14 +154,7 @@ def load_model(
     if file is None:
         return create_model(name, pretrained=pretrained, num_classes=num_classes)
     checkpoint = file if isinstance(file, Checkpoint) else read_checkpoint(file, use_ema=use_ema)
-    built, arguments = name, {}
-    if checkpoint.is_of(name):
-        settings = checkpoint.settings or {}
-        found = {argument: settings.get(option) for option, argument in BUILT_WITH.items()}
-        arguments = {argument: value for argument, value in found.items() if value is not None}
-        arguments |= settings.get("model_kwargs") or {}
-        if checkpoint.arch.startswith("mixpool_"):  # whose arguments the stock model does not take
-            built = checkpoint.arch
+    built, arguments = checkpoint.built_as(name)
     if num_classes is not None:
         arguments["num_classes"] = num_classes
     model = create_model(built, **arguments)
@@ -279,12 +284,9 @@ def _bare(name: str) -> str:
 def _torchvision_config(transform: Any) -> dict[str, Any]:
     """What the transform of torchvision's weights does, in timm's terms."""
     (crop,), (resized,) = transform.crop_size, transform.resize_size
-    ratio = crop / resized
-    while math.floor(crop / ratio) < resized:  # which is how timm finds the side again
-        ratio = math.nextafter(ratio, 0)
     return {
         "input_size": (3, crop, crop),
-        "crop_pct": ratio,
+        "crop_pct": crop / resized,
         "crop_mode": "center",
         "interpolation": transform.interpolation.value,
         "mean": tuple(transform.mean),

@@ -8,10 +8,12 @@ stock model's arguments every one of them takes those of `MixPoolModel`.
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import BlurPool2d
 from timm.models import (
@@ -71,8 +73,12 @@ class MixPoolModel:
     into the stock model, and then the channels are chosen from them as `select` says. `revert(model)` ends both: the
     model is then a stock model.
 
+    For stock weights call the `load_state_dict` of the model itself: one that DDP or torch.compile has wrapped passes
+    this class by and chooses no channels. And a state does not tell `aa_layer`, whose layers have no parameters: build
+    the model with the same one before you load. (`mixpool evaluate` and timm's `save_for_hf` see to that themselves.)
+
     Args:
-        select: as for `mixpool.convert`: which channels of stock weights take the modulus. Without weights, "auto" is
+        select: as for `mixpool.convert`, which channels of stock weights take the modulus. Without weights, "auto" is
             the bank's channels (see `init`); anything else decides instead of it ("none": the real-valued twin).
         blur: as for `mixpool.convert`.
         max_blur: as for `mixpool.convert`; default 3 with `aa_layer`, as a model antialiased throughout has it, else 1.
@@ -84,7 +90,8 @@ class MixPoolModel:
             default is "wavelet" because Leterme et al. (arXiv 2212.00394) trained models with these packets, there
             fixed, from scratch and found them more accurate than the stock ones.
         aa_layer: antialiases the strided layers behind the stem: a class such as `timm.layers.BlurPool2d`, or timm's
-            name "blur", "blurpc" or "avg". The stem keeps its mixed pooling.
+            name "blur", "blurpc" or "avg". The stem keeps its mixed pooling. (A class of your own has no name that
+            `save_for_hf` could write.)
         bn_momentum, bn_eps: for all batch norms of the model, where they are given.
         expects_weights: weights will be loaded next, so `init` and `select` wait for them. The entry points set it.
     Attributes:
@@ -171,8 +178,26 @@ class MixPoolModel:
         if is_stock:
             self._convert(self._select)
             if self.report.num_modulus == 0 and _is_auto(self._select):
-                warnings.warn(f"no channel takes the modulus: {'; '.join(self.report.notes)}", stacklevel=2)
+                message = f"no channel takes the modulus: {'; '.join(self.report.notes)}"
+                warnings.warn(message, stacklevel=_levels_to_caller())
         return keys
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """The arguments of the model as timm keeps them for `save_for_hf`, in a form that JSON can hold."""
+        return self.__dict__.setdefault("_plain_arguments", {})
+
+    @_model_args.setter
+    def _model_args(self, arguments: Mapping[str, Any]) -> None:
+        plain = dict(arguments)
+        if isinstance(plain.get("aa_layer"), type):
+            plain["aa_layer"] = next((n for n, cls in AA_LAYERS.items() if cls is plain["aa_layer"]), plain["aa_layer"])
+        if isinstance(plain.get("select"), (Tensor, np.ndarray)):
+            plain["select"] = plain["select"].tolist()
+        elif callable(plain.get("select")):
+            for stem in converted_stems(self).values():  # what it chose
+                plain["select"] = [kind == "modulus" for kind in stem.kinds]
+        self.__dict__["_plain_arguments"] = plain
 
 
 class MixPoolResNet(MixPoolModel, ResNet):
@@ -207,6 +232,18 @@ def _bank_size(model: nn.Module, init: str) -> int | None:
         return None
     packets = packet_kernels(conv.kernel_size[0], DEPTH_OF_STRIDE[conv.stride[0]])
     return min(len(packets), round(conv.out_channels * SHARE_OF_STRIDE[conv.stride[0]]))
+
+
+def _levels_to_caller() -> int:
+    """For `warnings.warn`: how far above its caller the first code is that is not timm's, torch's or ours."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "mixpool",
+        "timm",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _is_auto(select: Select) -> bool:

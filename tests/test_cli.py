@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image
@@ -77,7 +78,7 @@ def test_help_and_errors_do_not_import_the_heavy_packages():
     assert done.stderr.startswith("mixpool: error: argument --blur") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("inspect",), ("convert",), ("theory",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("inspect",), ("convert",), ("theory",), ("evaluate",), ("train",)])
 def test_help_shows_examples(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([*command, "--help"])
@@ -134,6 +135,45 @@ def test_options_reach_convert(checkpoint, capsys):
     swapped = [channel["channel"] for channel in report["channels"] if channel["kind"] == "modulus"]
     assert swapped == [0, 4, 10, 11, 12]
     assert (report["blur"], report["max_blur"], report["imag"]) == (1, 3, "free")
+
+
+@pytest.mark.parametrize("imag", ["tied", "free"])
+def test_inspect_shows_the_plan_that_a_converted_model_has(imag, checkpoint, tmp_path, capsys):
+    output = tmp_path / "mixed.safetensors"
+    options = ["--select", "0,4,10-12", "--blur", "1", "--imag", imag]
+    cli.main(["convert", STOCK, "--checkpoint", str(checkpoint), "--output", str(output), *options])
+    capsys.readouterr()
+    plot = tmp_path / "bank.png"
+    assert cli.main(["inspect", STOCK, "--checkpoint", str(output), "--plot", str(plot)]) == 0
+    out = capsys.readouterr().out
+    assert "features.0 -> features.1 -> features.2" in out and "no images given" not in out
+    assert f"5 of 96 channels on modulus pooling (blur=1, imag={imag})" in out and plot.stat().st_size > 5000
+    assert cli.main(["inspect", STOCK, "--checkpoint", str(output), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    swapped = [channel["channel"] for channel in report["channels"] if channel["kind"] == "modulus"]
+    assert swapped == [0, 4, 10, 11, 12] and report["select"] is None and report["agreement"] is None
+    assert {channel["reason"] for channel in report["channels"]} == {"as the model has it"}
+    stats = mixpool.analyze(load_file(checkpoint)["features.0.weight"], 2)
+    assert [c["bandwidth"] for c in report["channels"]] == pytest.approx(stats.bandwidth.tolist(), abs=1e-4)
+    message = fails(capsys, "inspect", STOCK, "--checkpoint", output, "--select", "all", "--max-blur", "3")
+    assert "converted already: its plan is shown as it is, without --select and --max-blur" in message
+
+
+def test_inspect_of_registered_models_and_of_their_checkpoints(tmp_path, capsys):
+    assert cli.main(["inspect", "mixpool_resnet18"]) == 0
+    out, err = capsys.readouterr()
+    assert "conv1 -> bn1 -> act1 -> maxpool\n24 of 64 channels on modulus pooling" in out and "random weights" in err
+    model = timm.create_model("mixpool_resnet18", num_classes=3, select="all", blur=1)
+    average = timm.create_model("mixpool_resnet18", num_classes=3, select="none", blur=1)
+    entries = {"state_dict": model.state_dict(), "state_dict_ema": average.state_dict()}
+    # As a training leaves it: built with 3 classes, which need not be said again.
+    torch.save(entries | {"arch": "mixpool_resnet18", "args": {"num_classes": 3}}, tmp_path / "last.pth.tar")
+    assert cli.main(["inspect", "mixpool_resnet18", "--checkpoint", str(tmp_path / "last.pth.tar")]) == 0
+    out, err = capsys.readouterr()
+    assert (
+        "0 of 64 channels on modulus pooling" in out
+        and err == "mixpool: note: took the moving average of the weights\n"
+    )
 
 
 def test_random_weights_are_announced(capsys):
@@ -267,7 +307,11 @@ def test_convert_refuses_to_overwrite(checkpoint, tmp_path, capsys):
     before = checkpoint.read_bytes()
     assert "checkpoint itself" in fails(capsys, *arguments[:-1], checkpoint, "--force")
     assert checkpoint.read_bytes() == before
-    assert "converted model" in fails(capsys, "inspect", STOCK, "--checkpoint", output)
+    again = ["convert", STOCK, "--checkpoint", output, "--output", tmp_path / "again.safetensors"]
+    assert "mixed.safetensors is a converted model already" in fails(capsys, *again)
+    assert not (tmp_path / "again.safetensors").exists()
+    message = fails(capsys, *(part.replace(STOCK, "mixpool_resnet18") for part in map(str, [*again[:2], *again[4:]])))
+    assert "mixpool_resnet18 is a converted model already" in message
 
 
 def test_convert_checks_the_output_first(checkpoint, tmp_path, capsys, monkeypatch):

@@ -406,6 +406,20 @@ def test_classes_may_be_excluded():
         run(AllMasked(), images, "flips")
 
 
+def test_a_class_that_is_excluded_for_some_crops_alone():
+    """p_0 has it and p_s does not: the divergence is infinite."""
+
+    class Fickle(Parity):
+        def forward(self, x):
+            is_dark = x.amax(dim=(1, 2, 3)) == 0
+            return super().forward(x).masked_fill(is_dark[:, None] & torch.tensor([False, True]), -math.inf)
+
+    images = [*noise(1, 80), (line(0, 80), 0)]
+    result = run(Fickle(), images, "kl", on_error="skip")
+    assert result.indices.tolist() == [0] and len(result.failed) == 1
+    json.dumps(result.as_record(), allow_nan=False)
+
+
 def test_a_stem_whose_maps_are_not_finite():
     model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6)).eval()
     model[0].weight.data[0] = math.nan

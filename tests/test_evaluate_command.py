@@ -145,7 +145,7 @@ def test_mistakes_are_found_before_the_work(stock, data, tmp_path):
         ((NAME, "--data", data, "--dataset", "nonsense"), "got 'nonsense'"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
-            run(parse(*arguments, *common))
+            run(parse(*common, *arguments))
     assert not (tmp_path / "out/evaluation.jsonl").exists()
 
 

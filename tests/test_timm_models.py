@@ -486,8 +486,11 @@ def test_a_densenet_file_of_torchvision(tmp_path, x):
 
 def test_untrained_stock_weights_give_a_warning(tmp_path):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "untrained.pth")
-    with pytest.warns(UserWarning, match="no channel takes the modulus"):
-        timm.create_model("mixpool_resnet18", True, pretrained_cfg_overlay={"file": str(tmp_path / "untrained.pth")})
+    file = str(tmp_path / "untrained.pth")
+    with pytest.warns(UserWarning, match="no channel takes the modulus") as caught:
+        model = timm.create_model("mixpool_resnet18", True, pretrained_cfg_overlay={"file": file})
+        model.load_state_dict(torch.load(file))
+    assert [warning.filename for warning in caught] == [__file__, __file__]  # not timm's file that happens to load
 
 
 @pytest.mark.parametrize("way", ["checkpoint_path", "load_checkpoint", "load_state_dict", "local-dir"])
@@ -633,6 +636,38 @@ def test_save_for_hf(name: str, safe, tmp_path):
     assert model.pretrained_cfg["architecture"] == name
     x = torch.randn(2, 1, 80, 96)
     assert torch.equal(outputs(model, x), outputs(source, x))
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [
+        ({"aa_layer": BlurPool2d}, {"aa_layer": "blur"}),
+        ({"aa_layer": mixpool.timm_models.ZeroPaddedBlurPool2d}, {"aa_layer": "blurpc"}),
+        ({"aa_layer": nn.AvgPool2d}, {"aa_layer": "avg"}),
+        ({"select": torch.arange(64) < 10}, {"select": [True] * 10 + [False] * 54}),
+        ({"select": (torch.arange(64) < 10).numpy()}, {"select": [True] * 10 + [False] * 54}),
+        ({"select": every_third}, {"select": [i % 3 == 0 for i in range(64)]}),
+    ],
+    ids=["blur", "blurpc", "avg", "tensor", "array", "function"],
+)
+def test_save_for_hf_of_what_json_does_not_know(options: dict, written: dict, tmp_path, x):
+    source = timm.create_model("mixpool_resnet18", num_classes=3, init="none", **options)
+    timm.models.save_for_hf(source, str(tmp_path))
+    arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert {name: arguments[name] for name in written} == written and arguments["init"] == "none"
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert model.conv1.kinds == source.conv1.kinds
+    x = x[..., :64, :]  # with "avg" timm's ResNet takes no others
+    assert torch.equal(outputs(model, x), outputs(source, x))
+    assert torch.equal(outputs(copy.deepcopy(model), x), outputs(source, x))
+
+
+def test_a_layer_of_ones_own_has_no_name(tmp_path):
+    class Mine(BlurPool2d): ...
+
+    model = timm.create_model("mixpool_resnet18", num_classes=3, init="none", select="none", aa_layer=Mine)
+    with pytest.raises(ValueError, match="serializable"):
+        timm.models.save_for_hf(model, str(tmp_path))
 
 
 @pytest.mark.parametrize("options", [{"imag": "free"}, {"select": "all", "blur": 1}], ids=str)
