@@ -161,7 +161,9 @@ def _shared_options() -> argparse.ArgumentParser:
     shared.add_argument("model", metavar="MODEL", help="a timm name, torchvision/NAME, or a name only torchvision has")
     weights = shared.add_argument_group("weights (random without)")
     weights.add_argument("--pretrained", action="store_true", help="the library's trained weights, downloaded")
-    weights.add_argument("--checkpoint", metavar="FILE", help="a .safetensors, .pt or .pth file of the stock model")
+    weights.add_argument(
+        "--checkpoint", metavar="FILE", help="file of the stock model's weights (inspect: or of a converted one)"
+    )
     weights.add_argument(
         "--num-classes", type=_positive, metavar="N", help="classes of the checkpoint, if not the usual"
     )

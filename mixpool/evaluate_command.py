@@ -121,6 +121,7 @@ def run(options: argparse.Namespace) -> None:
 
     import torch
 
+    from mixpool import records
     from mixpool.evaluate import evaluate
     from mixpool.evaluation.plots import write_figures
     from mixpool.evaluation.result import difference_record
@@ -170,7 +171,7 @@ def run(options: argparse.Namespace) -> None:
             except ValueError as error:  # inputs of another size; the numbers of this model are good all the same
                 _say(f"{label}: no difference to {first[0]}: {error}")
         found.append(result.as_record(**fields, call=call))
-        _append(path, found[-1])
+        records.append(path, found[-1])
     figures = write_figures(found, folder, _free_prefix(folder))
     if options.json:
         print(json.dumps(found, indent=2, allow_nan=False))
@@ -179,19 +180,6 @@ def run(options: argparse.Namespace) -> None:
         print(table_text(found))
         print(f"\nrecords: {path}, the last {len(found)}")
         print("\n".join(f"picture: {figure}" for figure in figures))
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line to the records; those of earlier calls stay, and so do those of another one that runs now."""
-    line = json.dumps(record) + "\n"
-    with open(path, "a+b") as file:
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a call that was killed while it wrote
-                line = "\n" + line
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _free_prefix(folder: Path) -> str:

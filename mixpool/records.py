@@ -61,6 +61,19 @@ def write(path: str | os.PathLike[str], records: list[dict[str, Any]]) -> None:
     partial.replace(path)
 
 
+def append(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Add a line to the records; those of earlier calls stay, and so do those of another one that runs now."""
+    line = json.dumps(record) + "\n"
+    with open(path, "a+b") as file:
+        if file.seek(0, os.SEEK_END) > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a call that was killed while it wrote
+                line = "\n" + line
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The records of a file, in order; a broken line raises ValueError with its number."""
     for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
