@@ -12,18 +12,16 @@ import argparse
 import tarfile
 from pathlib import Path
 
-import timm
-
-import mixpool.timm_models  # noqa: F401  registers mixpool_resnet18
 from benchmarks.sample import RECORDS, shared_folder
 from mixpool import records
 from mixpool.evaluate import evaluate
-from mixpool.evaluation.protocols import ModelInput
 from mixpool.evaluation.result import difference_record
+from mixpool.evaluation.views import find_model_input
 from mixpool.labelled_images import open_images
+from mixpool.loading import load_model, read_checkpoint
 from mixpool.train import train
 from mixpool.training.checkpoint import LAST
-from mixpool.training.configuration import parse, read_config
+from mixpool.training.configuration import parse
 from mixpool.training.saving import RECORD
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18_30epochs.yaml"
@@ -39,7 +37,6 @@ def main() -> None:
     if not (data / "cifar10").is_dir():
         with tarfile.open(shared_folder() / "data/cifar10_jpeg.tar.xz") as archive:
             archive.extractall(data, filter="data")
-    settings = read_config(CONFIG)
     images = open_images(data / "cifar10", split="test")
     runs, evaluations = [], {}
     for model in MODELS:
@@ -48,10 +45,10 @@ def main() -> None:
         if not record.exists():  # else it is finished, maybe by an earlier version of the code
             train(parse([*command, "--model", model, "--experiment", model, "--output", str(output)]))
         runs += records.read(record)
-        weights = str(output / model / LAST)
-        trained = timm.create_model(model, num_classes=10, checkpoint_path=weights)
-        size = ModelInput(32, 1.0, "bilinear", mean=tuple(settings["mean"]), std=tuple(settings["std"]))
-        evaluations[model] = evaluate(trained, images, protocols=PROTOCOLS, model_input=size, batch_size=256)
+        trained = read_checkpoint(output / model / LAST)
+        network = load_model(model, trained)
+        wanted = find_model_input(network, trained.settings)
+        evaluations[model] = evaluate(network, images, protocols=PROTOCOLS, model_input=wanted, batch_size=256)
     records.write(RECORDS / "training.jsonl", runs)
     stock, mixed = (evaluations[model] for model in MODELS)
     found = [evaluations[model].as_record(model=model, dataset="cifar10", split="test") for model in MODELS]
