@@ -126,7 +126,7 @@ def validate(run: Run, *, ema: bool = False, limit: int = 0) -> dict[str, float]
         model = model.module  # whose forward is no collective: the processes may have different numbers of batches
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: what a model caches in it could not be used in training again
         for number, (images, labels) in enumerate(run.val_loader, start=1):
             images = images.to(run.device, non_blocking=True)
             if run.options.channels_last:
