@@ -90,7 +90,10 @@ def test_names_and_order_of_registration_do_not_matter():
     assert_round_trip(Scrambled(), "last -> y -> z")
 
 
-@pytest.mark.parametrize("relu", [F.relu, torch.relu, F.relu_, torch.relu_, F.relu6], ids=str)
+RELUS = {"F.relu": F.relu, "torch.relu": torch.relu, "F.relu_": F.relu_, "torch.relu_": torch.relu_, "relu6": F.relu6}
+
+
+@pytest.mark.parametrize("relu", RELUS.values(), ids=RELUS)
 def test_functional_relu(relu):
     class Functional(Small):
         def forward(self, x: Tensor) -> Tensor:
