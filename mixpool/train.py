@@ -182,4 +182,6 @@ def _check_timm() -> None:
     except ImportError as error:
         import timm
 
-        raise ValueError(f"mixpool train needs timm 1.0.31 or later, found {timm.__version__}: {error}") from error
+        raise ValueError(
+            f"mixpool train needs timm 1.0.31 or later (pip install 'mixpool[train]'), found {timm.__version__}: {error}"
+        ) from error
