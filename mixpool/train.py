@@ -183,5 +183,5 @@ def _check_timm() -> None:
         import timm
 
         raise ValueError(
-            f"mixpool train needs timm 1.0.31 or later (pip install 'mixpool[train]'), found {timm.__version__}: {error}"
+            f"mixpool train needs timm 1.0.31 or later (the extra mixpool[train]), found {timm.__version__}: {error}"
         ) from error
