@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mixpool import records
+from mixpool.evaluation.runner import usable_device
 from mixpool.training.curves import draw_curves, write_summary
 from mixpool.training.data import unreadable
 from mixpool.training.loop import train_one_epoch, validate
@@ -39,11 +40,12 @@ def train(options) -> dict[str, Any]:
 
     _check_timm()
     started_here = not torch.distributed.is_initialized()
+    if not options.device.startswith("cuda"):  # to try GPU 0 would take memory there, for each of a node's processes
+        usable_device(options.device)
     try:
-        torch.empty(0, device=options.device)
         found = init_distributed_device_so(options.device)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"cannot use the device {options.device!r} ({_one_line(error)}): give --device cpu") from error
+    except AssertionError as error:  # no GPU
+        raise ValueError(f"cannot use the device {options.device!r} ({error}): give --device cpu") from error
     options.device = found["device"]
     try:
         run = set_up(options, torch.device(options.device), found["global_rank"], found["world_size"])
@@ -169,10 +171,6 @@ def _log(text: str) -> None:
 
 def _say_nothing(text: str) -> None:
     pass
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _check_timm() -> None:

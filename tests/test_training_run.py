@@ -25,6 +25,7 @@ from mixpool.training.model import build_model, prepare, stock_teacher
 from mixpool.training.run import experiment_name, learning_rate, set_up
 
 CPU = torch.device("cpu")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
 
@@ -331,6 +332,12 @@ def test_checkpoints_of_another_version_are_refused(photos, tmp_path):
     torch.save(state, path)
     with pytest.raises(ValueError, match="another version of mixpool"):
         train(options(photos, tmp_path))
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", pytest.param("cuda", marks=needs_no_gpu)])
+def test_a_device_that_is_not_there(photos, tmp_path, device):
+    with pytest.raises(ValueError, match=f"cannot use the device '{device}'"):
+        train(options(photos, tmp_path, device=device))
 
 
 def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
