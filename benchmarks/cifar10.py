@@ -1,59 +1,115 @@
-"""CIFAR-10 with the short recipe, through `mixpool train`: the stock network and mixpool's, and how steady they are.
+"""CIFAR-10 through `mixpool train`: networks that differ in the stem alone, how accurate and how steady they are.
 
-    python -m benchmarks.cifar10 [--output DIR]     about 2 hours on 2 cores; continues what was cut
+    python -m benchmarks.cifar10 [TABLE ...] [--seeds 0 1 2] [--output DIR] [--processes 2]
 
-Writes records/training.jsonl, the runs' own records, and records/cifar10.jsonl, the evaluation of their last weights.
-The images are those of the shared folder's JPEG copy, so accuracies lie a little under those on the original.
+A queue that may be cut: what has a record is left out, what was cut goes on from its last epoch, and each run that ends
+adds a line to records/cifar10.jsonl. The images are those of the shared folder's JPEG copy, so accuracies lie a little
+under those on the original.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 import tarfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from benchmarks.sample import RECORDS, shared_folder
+import benchmarks.small_alexnet  # noqa: F401  registers it
+from benchmarks.cifar10_variants import CONFIG, TABLES, Row, rows
+from benchmarks.sample import shared_folder
+from benchmarks.store import RECORDS, ROOT
 from mixpool import records
 from mixpool.evaluate import evaluate
-from mixpool.evaluation.result import difference_record
 from mixpool.evaluation.views import find_model_input
 from mixpool.labelled_images import open_images
 from mixpool.loading import load_model, read_checkpoint
 from mixpool.train import train
 from mixpool.training.checkpoint import LAST
-from mixpool.training.configuration import parse
-from mixpool.training.saving import RECORD
+from mixpool.training.configuration import complete
+from mixpool.training.saving import RECORD as TRAINING_RECORD
 
-CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18_30epochs.yaml"
-MODELS = ("resnet18", "mixpool_resnet18")
-PROTOCOLS = ("accuracy", "flips", "stem")
+RECORD = RECORDS / "cifar10.jsonl"
+KL_IMAGES = 2000  # of the 10,000: its 49 crops of each take longer than all others
+SHIFTS = range(1, 5)  # pixels
+
+
+def has_record(row: Row) -> bool:
+    found = records.read(RECORD) if RECORD.exists() else ()
+    return any(r["definition"] == row.definition() and r["recipe"] == row.recipe for r in found)
+
+
+def run(row: Row, output: Path) -> dict[str, Any]:
+    """Train or go on with one network, and evaluate its last weights; the record."""
+    data = output / "data" / "cifar10"
+    place = {"config": str(CONFIG), "data_dir": str(data), "output": str(output), "experiment": row.name}
+    finished = output / row.name / TRAINING_RECORD
+    if finished.exists():  # maybe by an earlier version of the code, which the record names
+        (trained,) = records.read(finished)
+    else:
+        trained = train(complete(place | {"device": "cpu", "workers": 1} | row.definition()))
+    checkpoint = read_checkpoint(output / row.name / LAST)
+    network = load_model(row.definition()["model"], checkpoint)
+    common = {"model_input": find_model_input(network, checkpoint.settings), "batch_size": 256, "workers": 1}
+    few = evaluate(network, open_images(data, split="test", limit=KL_IMAGES), protocols=("kl",), **common)
+    found = evaluate(network, open_images(data, split="test"), protocols=("accuracy", "flips", "stem"), **common)
+    record = found.as_record(
+        dataset="cifar10_jpeg",
+        variant=row.variant,
+        recipe=row.recipe,
+        seed=row.seed,
+        epochs=trained["epochs"],
+        definition=row.definition(),
+        kl=few.summary()["kl"],
+        kl_images=few.num_images,
+        training={key: trained[key] for key in ("code", "settings", "final", "history")},
+    )
+    return record | {"kind": "eval", "top1": record["summary"]["top1"], "flip": _flips(record["summary"])}
+
+
+def _flips(summary: Mapping[str, Any]) -> dict[str, float]:
+    """h1 to h4, v1 to v4 and d1 to d4, percent."""
+    curves = summary["flip_probability"]
+    return {f"{way[0]}{k}": curve[str(k)] for way, curve in curves.items() for k in SHIFTS}
+
+
+def _run_alone(row: Row, output: Path) -> int:
+    """`run` in a process of one thread, its words in a file; the exit status."""
+    if has_record(row):
+        return 0
+    command = [sys.executable, "-m", "benchmarks.cifar10", "--output", str(output), "--one", *map(str, row)]
+    with (output / f"{row.name}.log").open("a") as log:
+        print(f"{row.name}: see {log.name}", flush=True)
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    print(f"{row.name}: {'finished' if done.returncode == 0 else f'failed with {done.returncode}'}", flush=True)
+    return done.returncode
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"what to compare, of {', '.join(TABLES)} (main)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each network per seed")
     parser.add_argument("--output", type=Path, default=Path("output/cifar10"), help="folder of the runs (%(default)s)")
-    output = parser.parse_known_args()[0].output
-    data = output / "data"
-    if not (data / "cifar10").is_dir():
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, each on one core (%(default)s)")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    output = options.output.absolute()
+    if not (output / "data" / "cifar10").is_dir():
         with tarfile.open(shared_folder() / "data/cifar10_jpeg.tar.xz") as archive:
-            archive.extractall(data, filter="data")
-    images = open_images(data / "cifar10", split="test")
-    runs, evaluations = [], {}
-    for model in MODELS:
-        command = ["-c", str(CONFIG), "--data-dir", str(data / "cifar10"), "--device", "cpu", "--workers", "1"]
-        record = output / model / RECORD
-        if not record.exists():  # else it is finished, maybe by an earlier version of the code
-            train(parse([*command, "--model", model, "--experiment", model, "--output", str(output)]))
-        runs += records.read(record)
-        trained = read_checkpoint(output / model / LAST)
-        network = load_model(model, trained)
-        wanted = find_model_input(network, trained.settings)
-        evaluations[model] = evaluate(network, images, protocols=PROTOCOLS, model_input=wanted, batch_size=256)
-    records.write(RECORDS / "training.jsonl", runs)
-    stock, mixed = (evaluations[model] for model in MODELS)
-    found = [evaluations[model].as_record(model=model, dataset="cifar10", split="test") for model in MODELS]
-    found[1] |= {"difference_to": MODELS[0], "difference": difference_record(stock, mixed)}
-    records.write(RECORDS / "cifar10.jsonl", found)
+            archive.extractall(output / "data", filter="data")
+    if options.one:
+        variant, recipe, seed = options.one
+        records.append(RECORD, run(Row(variant, recipe, int(seed)), output))
+        return
+    queue = [row for table in options.tables or ["main"] for row in rows(table, options.seeds)]
+    with ThreadPoolExecutor(options.processes) as pool:
+        failed = sum(status != 0 for status in pool.map(lambda row: _run_alone(row, output), queue))
+    if failed:
+        raise SystemExit(f"{failed} of {len(queue)} runs failed; their logs are in {output}")
 
 
 if __name__ == "__main__":

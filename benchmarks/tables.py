@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.markdown import machine_line, read, table
+from benchmarks.tables_cifar10 import cifar10, cifar10_alexnet, cifar10_first, cifar10_screen
 from benchmarks.tables_gpu import gpu, gpu_memory, gpu_models, gpu_others, gpu_targets, measured
-from benchmarks.tables_training import cifar10, evaluation, evaluation_speed, finetune
+from benchmarks.tables_training import evaluation, evaluation_speed, finetune
 from mixpool.theory_table import summary_rows
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +225,9 @@ TABLES: dict[str, Callable[[], str]] = {
         evaluation_speed,
         finetune,
         cifar10,
+        cifar10_alexnet,
+        cifar10_first,
+        cifar10_screen,
     )
 }
 

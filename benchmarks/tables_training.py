@@ -56,21 +56,6 @@ def finetune() -> str:
     return _with_line(table(header, rows), found)
 
 
-def cifar10() -> str:
-    """The short recipe: accuracy of the last weights and their steadiness, the test images of CIFAR-10."""
-    runs, found = _read("training"), _read("cifar10")
-    if not runs or not found:
-        return NOT_RUN
-    paths = [("top1",), *(("flip_probability", way, "1") for way in DIRECTIONS)]
-    rows = []
-    for run, r in zip(runs, found, strict=True):
-        schedule = f"{run['epochs']}, seed {run['settings']['seed']}"
-        rows.append([r["model"], schedule, *(_interval(r, *path) for path in paths)])
-    rows.append(["difference", "", *(_difference(found[1]["difference"], *path) for path in paths)])
-    header = ["model", "epochs", "top-1 %", *(f"flips % 1 px {way}" for way in DIRECTIONS)]
-    return _with_line(table(header, rows), runs)
-
-
 def _read(name: str) -> list[dict]:
     return read(name) if (RECORDS / f"{name}.jsonl").exists() else []
 

@@ -85,10 +85,11 @@ class MixPoolModel:
         imag: "tied" or "free", as for `mixpool.convert`; default the checkpoint's, and "tied" without one.
         backend: as for `mixpool.convert`.
         init: what the stem starts from where no weights are loaded: "wavelet" or "gabor" for the bank of
-            `mixpool.initialize`, or "none" for the stock model's random filters. The bank fills 24 of 64 channels
-            (AlexNet: 32 of 64; for gray images the others have 16 wavelet packets), and all filters are trainable. The
+            `mixpool.initialize`, or "none" for the stock model's random filters. All filters are trainable. The
             default is "wavelet" because Leterme et al. (arXiv 2212.00394) trained models with these packets, there
             fixed, from scratch and found them more accurate than the stock ones.
+        num_bank: channels that the bank fills; default 24 of 64 (AlexNet: 32 of 64; for gray images the others have 16
+            wavelet packets).
         aa_layer: antialiases the strided layers behind the stem: a class such as `timm.layers.BlurPool2d`, or timm's
             name "blur", "blurpc" or "avg". The stem keeps its mixed pooling. (A class of your own has no name that
             `save_for_hf` could write.)
@@ -112,6 +113,7 @@ class MixPoolModel:
         imag: str | None = None,
         backend: str = "auto",
         init: str = "wavelet",
+        num_bank: int | None = None,
         aa_layer: type[nn.Module] | str | None = None,
         bn_momentum: float | None = None,
         bn_eps: float | None = None,
@@ -120,6 +122,8 @@ class MixPoolModel:
     ) -> None:
         if init not in INITS:
             raise ValueError(f"expected init to be one of {INITS}, got {init!r}")
+        if init == "none" and num_bank is not None:
+            raise ValueError(f"expected no num_bank without a bank (init='none'), got {num_bank}")
         aa_layer = _aa_class(aa_layer)
         super().__init__(*args, aa_layer=aa_layer, **stock)
         if aa_layer is not None and self.stem_pool is not None:
@@ -139,10 +143,11 @@ class MixPoolModel:
         elif init == "none":
             self._convert(select)
         elif _is_auto(select):
-            bank = {"bank": init, "num_channels": _bank_size(self, init)}
+            bank = {"bank": init, "num_channels": _bank_size(self, init) if num_bank is None else num_bank}
             self.report = initialize(self, **bank, imag="tied" if imag is None else imag, **self._stem_options)
         else:
-            initialize(self, init, num_channels=_bank_size(self, init), pooling="max", **self._stem_options)
+            num_bank = _bank_size(self, init) if num_bank is None else num_bank
+            initialize(self, init, num_channels=num_bank, pooling="max", **self._stem_options)
             revert(self)
             self._convert(select)
 

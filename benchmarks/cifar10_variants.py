@@ -1,0 +1,115 @@
+"""What is trained on CIFAR-10: recipes, networks that differ in the stem alone, and the tables that compare them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18_30epochs.yaml"
+
+
+class Recipe(NamedTuple):
+    """A network, stock and with mixpool's stem (timm's names), and options of `mixpool train` beside CONFIG's."""
+
+    stock: str
+    mixed: str
+    options: dict[str, Any]
+
+
+RECIPES = {
+    "full": Recipe("resnet18", "mixpool_resnet18", {"val_interval": 5}),
+    # the first runs, before the configuration's batch was doubled
+    "batch_128": Recipe(
+        "resnet18",
+        "mixpool_resnet18",
+        {"batch_size": 128, "lr": 0.1, "warmup_lr": 0.01, "channels_last": False},
+    ),
+    # half as many channels behind the stem, which has all of its 64: 5 times faster, for comparing many
+    "half": Recipe(
+        "resnet18",
+        "mixpool_resnet18",
+        {"epochs": 12, "warmup_epochs": 1, "val_interval": 4, "model_kwargs": {"channels": [32, 64, 128, 256]}},
+    ),
+    "alexnet": Recipe(
+        "small_alexnet",
+        "mixpool_small_alexnet",
+        {
+            "device_modules": ["mixpool.timm_models", "benchmarks.small_alexnet"],
+            "img_size": 64,
+            "epochs": 20,
+            "lr": 0.02,  # it has no norm layers
+            "warmup_lr": 0.002,
+            "val_interval": 5,
+        },
+    ),
+}
+
+
+def _last(count: int) -> list[bool]:
+    return [channel >= 64 - count for channel in range(64)]
+
+
+# What a network with mixpool's stem is told; None: the stock network.
+STEMS: dict[str, dict[str, Any] | None] = {
+    "stock": None,
+    "blurpool": {"select": "none", "init": "none", "max_blur": 3},
+    "cmod": {"blur": 1},
+    "mixpool": {},
+    "mixpool_max_blur": {"max_blur": 3},
+    # controls: the bank without the modulus, the modulus without a bank
+    "stock_wavelet": {"select": "none"},
+    "random_24": {"init": "none", "select": _last(24)},
+    "random_48_free": {"init": "none", "select": _last(48), "imag": "free"},
+    # how many
+    **{f"wavelet_{count}": {"num_bank": count} for count in (8, 16, 32, 48, 64)},
+    **{f"gabor_{count}": {"init": "gabor", "num_bank": count} for count in (24, 32, 48, 64)},
+    # the partner
+    "mixpool_free": {"imag": "free"},
+    "gabor_32_free": {"init": "gabor", "num_bank": 32, "imag": "free"},
+    "wavelet_48_free": {"num_bank": 48, "imag": "free"},
+    # blur
+    "wavelet_32_max_blur": {"num_bank": 32, "max_blur": 3},
+    "wavelet_48_max_blur": {"num_bank": 48, "max_blur": 3},
+}
+# With BlurPool in the strided layers behind the stem; the stem stays.
+ANTIALIASED: dict[str, dict[str, Any]] = {
+    f"{name}_aa": {"max_blur": 1, **({"select": "none", "init": "none"} if stem is None else stem), "aa_layer": "blur"}
+    for name, stem in STEMS.items()
+}
+VARIANTS = STEMS | ANTIALIASED
+
+
+class Row(NamedTuple):
+    """One run."""
+
+    variant: str
+    recipe: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}-{self.variant}-{self.seed}"
+
+    def definition(self) -> dict[str, Any]:
+        """What is trained and how, as `mixpool train` is told beside the configuration."""
+        recipe, arguments = RECIPES[self.recipe], VARIANTS[self.variant]
+        common = recipe.options.get("model_kwargs", {})
+        model = recipe.stock if arguments is None else recipe.mixed
+        return recipe.options | {"model": model, "model_kwargs": common | (arguments or {}), "seed": self.seed}
+
+
+MAIN = ("stock", "blurpool", "cmod", "mixpool", "mixpool_max_blur")
+SCREEN = ("stock", "mixpool", "gabor_32_free", "wavelet_48", "blurpool", "wavelet_48_max_blur", "gabor_48")
+# Name -> recipe and networks; the seed of batch_128 is 42.
+TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "main": ("full", (*MAIN, *(f"{name}_aa" for name in MAIN))),
+    "alexnet": ("alexnet", MAIN),
+    "screen": ("half", SCREEN),
+    "batch_128": ("batch_128", ("stock", "mixpool")),
+}
+
+
+def rows(table: str, seeds: list[int]) -> list[Row]:
+    """The runs of a table, all networks with the first seed before any with the next."""
+    recipe, variants = TABLES[table]
+    return [Row(variant, recipe, seed) for seed in seeds for variant in variants]

@@ -1,0 +1,91 @@
+"""The CIFAR-10 queue: its networks are what their names say, and a row is trained, evaluated and recorded once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import benchmarks.small_alexnet  # noqa: F401  registers it
+from benchmarks import cifar10
+from benchmarks.cifar10_variants import RECIPES, TABLES, VARIANTS, Row, rows
+from mixpool.checkpoint import converted_stems
+from mixpool.layers import MixPoolStem
+
+
+def built(variant: str, recipe: str = "half") -> torch.nn.Module:
+    definition = Row(variant, recipe, 0).definition()
+    return timm.create_model(definition["model"], num_classes=10, **definition["model_kwargs"])
+
+
+def stem_of(model: torch.nn.Module) -> MixPoolStem:
+    (stem,) = converted_stems(model).values()
+    return stem
+
+
+@pytest.mark.parametrize(
+    ("variant", "num_modulus", "blur", "max_blur"),
+    [
+        ("blurpool", 0, 3, 3),
+        ("cmod", 24, 1, 1),
+        ("mixpool_max_blur", 24, 3, 3),
+        ("wavelet_48_aa", 48, 3, 1),
+        ("stock_aa", 0, 3, 1),
+        ("random_24", 24, 3, 1),
+    ],
+)
+def test_a_variant_is_what_its_name_says(variant, num_modulus, blur, max_blur):
+    model = built(variant)
+    stem = stem_of(model)
+    assert (stem.num_modulus, stem.max_blur) == (num_modulus, max_blur)
+    assert num_modulus == 0 or stem.blur == blur
+    later = model.layer2[0].aa
+    assert isinstance(later, timm.layers.BlurPool2d) == variant.endswith("_aa")
+
+
+def test_the_stock_network_is_timms():
+    assert not converted_stems(built("stock"))
+    assert not converted_stems(built("stock", "alexnet"))
+
+
+def test_all_rows_have_networks_and_names_of_their_own():
+    queue = [row for table in TABLES for row in rows(table, [0, 1])]
+    assert len({row.name for row in queue}) == len(queue) == len({json.dumps(row.definition()) for row in queue})
+    assert all(row.variant in VARIANTS and row.recipe in RECIPES for row in queue)
+    assert [row.seed for row in rows("alexnet", [3, 5])] == [3] * 5 + [5] * 5
+
+
+@pytest.fixture
+def queue_folder(tmp_path, monkeypatch):
+    """A folder of ten tiny pictures, a recipe of one epoch, and records of its own."""
+    for split in ("train", "test"):
+        for label in range(10):
+            place = tmp_path / "data" / "cifar10" / split / f"class{label}"
+            place.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (25 * label, 200, 100)).save(place / "0.jpg")
+    changed = {"epochs": 1, "warmup_epochs": 0, "batch_size": 5, "amp": False}
+    recipe = RECIPES["half"]
+    monkeypatch.setitem(RECIPES, "half", recipe._replace(options=recipe.options | changed))
+    monkeypatch.setattr(cifar10, "RECORD", tmp_path / "records.jsonl")
+    monkeypatch.setattr(cifar10, "KL_IMAGES", 4)
+    return tmp_path
+
+
+def test_a_row_is_recorded_once(queue_folder, monkeypatch, capsys):
+    row = Row("mixpool_aa", "half", 7)
+    assert not cifar10.has_record(row)
+    monkeypatch.setattr("sys.argv", ["cifar10", "--output", str(queue_folder), "--one", *map(str, row)])
+    cifar10.main()
+    (line,) = (queue_folder / "records.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["kind"] == "eval" and record["dataset"] == "cifar10_jpeg"
+    assert (record["variant"], record["seed"], record["epochs"]) == ("mixpool_aa", 7, 1)
+    assert record["num_images"] == 10 and record["kl_images"] == 4
+    assert set(record["flip"]) == {f"{way}{k}" for way in "hvd" for k in (1, 2, 3, 4)}
+    assert record["flip"]["h1"] == record["summary"]["flip_probability"]["horizontal"]["1"]
+    assert cifar10.has_record(row)
+    assert not cifar10.has_record(row._replace(seed=8))
+    assert cifar10._run_alone(row, queue_folder) == 0 and not (queue_folder / f"{row.name}.log").exists()
