@@ -151,8 +151,8 @@ def test_runs_and_their_table(tiny, tmp_path, monkeypatch):
     expected = mixed["stages"][CALIBRATED]["difference"]
     low, high = expected["ci95"]["top1"]
     assert rows[2][6] == f"{expected['summary']['top1']:+.2f} ({low:+.2f} to {high:+.2f})" and rows[0][6] == "-"
-    kl = expected["summary"]["kl"]["horizontal"]["1"] * 100
-    assert f": {kl:+.2f} (" in rows[2][12] and len(rows[2]) == len(lines[0].split("|")) - 2
+    kl = expected["summary"]["kl"]["horizontal"]["1"]
+    assert f": {kl:+.3g} (" in rows[2][12] and len(rows[2]) == len(lines[0].split("|")) - 2
     assert lines[-1].startswith("9 photos, of which KL saw 4.")
 
     # What is there is not done again, nor taken for another measurement.

@@ -317,16 +317,6 @@ def test_options_of_timms_training_script(x):
 
 
 @pytest.mark.parametrize("bank", ["wavelet", "gabor"])
-def test_the_bank_can_have_any_number_of_channels():
-    model = timm.create_model("mixpool_resnet18", num_bank=48)
-    assert model.report.num_modulus == model.conv1.num_modulus == 48
-    twin = timm.create_model("mixpool_resnet18", num_bank=48, select="none")
-    assert twin.conv1.num_modulus == 0
-    assert torch.equal(twin.conv1.weight[16:], model.conv1.weight[16:])  # the bank, which draws nothing
-    with pytest.raises(ValueError, match="no num_bank without a bank"):
-        timm.create_model("mixpool_resnet18", num_bank=48, init="none")
-
-
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
 def test_the_stem_starts_from_a_bank(bank: str, in_chans: int):
     torch.manual_seed(3)
@@ -339,6 +329,16 @@ def test_the_stem_starts_from_a_bank(bank: str, in_chans: int):
         assert key == other and torch.equal(value, wanted), key
     assert model.conv1.kinds == ("max",) * (64 - wavelets_of_gray) + ("modulus",) * wavelets_of_gray
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_bank_can_have_any_number_of_channels():
+    model = timm.create_model("mixpool_resnet18", num_bank=48)
+    assert model.report.num_modulus == model.conv1.num_modulus == 48
+    twin = timm.create_model("mixpool_resnet18", num_bank=48, select="none")
+    assert twin.conv1.num_modulus == 0
+    assert torch.equal(twin.conv1.weight[16:], model.conv1.weight[16:])  # the bank, which draws nothing
+    with pytest.raises(ValueError, match="no num_bank without a bank"):
+        timm.create_model("mixpool_resnet18", num_bank=48, init="none")
 
 
 def test_the_default_is_the_wavelet_bank():
