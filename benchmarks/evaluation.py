@@ -1,8 +1,8 @@
 """`evaluate` on real photos: its speed beside the plain forward, and a stock classifier beside its conversion.
 
-    python -m benchmarks.evaluation         about 35 minutes on 2 quiet cores; writes records/evaluation.jsonl
+    python -m benchmarks.evaluation [--only speed|comparison]   10 and 30 minutes on 2 cores; records/evaluation.jsonl
 
-Speed: milliseconds per crop of `evaluate` (reading, decoding, cropping, measuring, all protocols of its default) and of
+Speed (on a quiet machine): milliseconds per crop of `evaluate` (reading, decoding, cropping, measuring, all protocols of its default) and of
 the model alone on one batch of the same shape that lies ready in memory, in rounds one after the other; the ratio is
 that of the medians. Table: SqueezeNet and its conversion with 100 photos, on the other 400, all numbers with intervals
 and the paired difference.
@@ -10,6 +10,7 @@ and the paired difference.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
@@ -105,7 +106,7 @@ def comparison() -> list[dict]:
     ]
 
 
-def main() -> None:
+def speeds() -> list[dict]:
     mixed = squeezenet()
     convert(mixed)
     models = {
@@ -113,11 +114,22 @@ def main() -> None:
         "squeezenet1_0 + mixpool": (mixed, INPUT),
         "resnet18, random weights": (timm.create_model("resnet18").eval(), ModelInput()),
     }
-    found = [record for name, (model, wanted) in models.items() for record in speed(name, model, wanted)]
-    records.write(RECORDS / "evaluation.jsonl", found)
-    found += comparison()
-    print(table_text(found[-2:]))
-    records.write(RECORDS / "evaluation.jsonl", found)
+    return [record for name, (model, wanted) in models.items() for record in speed(name, model, wanted)]
+
+
+def main() -> None:
+    parts = {"speed": speeds, "comparison": comparison}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=parts, help="one part; the records of the other stay")
+    only = parser.parse_known_args()[0].only
+    path = RECORDS / "evaluation.jsonl"
+    kinds = {"speed": "evaluation_speed", "comparison": "evaluation"}
+    for part in parts if only is None else [only]:
+        kept = [record for record in records.read(path) if record["kind"] != kinds[part]] if path.exists() else []
+        found = parts[part]()
+        if part == "comparison":
+            print(table_text(found))
+        records.write(path, kept + found)
 
 
 if __name__ == "__main__":
