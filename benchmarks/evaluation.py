@@ -2,10 +2,10 @@
 
     python -m benchmarks.evaluation [--only speed|comparison]   10 and 30 minutes on 2 cores; records/evaluation.jsonl
 
-Speed (on a quiet machine): milliseconds per crop of `evaluate` (reading, decoding, cropping, measuring, all protocols of its default) and of
-the model alone on one batch of the same shape that lies ready in memory, in rounds one after the other; the ratio is
-that of the medians. Table: SqueezeNet and its conversion with 100 photos, on the other 400, all numbers with intervals
-and the paired difference.
+Speed (on a quiet machine): milliseconds per crop of `evaluate` (reading, decoding, cropping, measuring, all protocols
+of its default) and of the model alone on one batch of the same shape that lies ready in memory, in rounds one after the
+other; the ratio is that of the medians. Comparison: SqueezeNet and its conversion with 100 photos, on the other 400,
+all numbers with intervals and the paired difference.
 """
 
 from __future__ import annotations
