@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import benchmarks.small_alexnet  # noqa: F401  registers it
+import benchmarks.gated_stem  # noqa: F401  these two register their networks
+import benchmarks.small_alexnet  # noqa: F401
 from benchmarks.cifar10_variants import CONFIG, TABLES, Row, rows
 from benchmarks.sample import shared_folder
 from benchmarks.store import RECORDS, ROOT

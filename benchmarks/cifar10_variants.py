@@ -28,7 +28,13 @@ RECIPES = {
     "half": Recipe(
         "resnet18",
         "mixpool_resnet18",
-        {"epochs": 12, "warmup_epochs": 1, "val_interval": 4, "model_kwargs": {"channels": [32, 64, 128, 256]}},
+        {
+            "device_modules": ["mixpool.timm_models", "benchmarks.gated_stem"],
+            "model_kwargs": {"channels": [32, 64, 128, 256]},
+            "epochs": 12,
+            "warmup_epochs": 1,
+            "val_interval": 4,
+        },
     ),
     "alexnet": Recipe(
         "small_alexnet",
@@ -71,12 +77,13 @@ STEMS: dict[str, dict[str, Any] | None] = {
     "wavelet_32_max_blur": {"num_bank": 32, "max_blur": 3},
     "wavelet_48_max_blur": {"num_bank": 48, "max_blur": 3},
 }
+# Networks of another name, with arguments of their own.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {"gated": ("gated_resnet18", {})}
 # With BlurPool in the strided layers behind the stem; the stem stays.
 ANTIALIASED: dict[str, dict[str, Any]] = {
     f"{name}_aa": {"max_blur": 1, **({"select": "none", "init": "none"} if stem is None else stem), "aa_layer": "blur"}
     for name, stem in STEMS.items()
 }
-VARIANTS = STEMS | ANTIALIASED
 
 
 class Row(NamedTuple):
@@ -92,14 +99,23 @@ class Row(NamedTuple):
 
     def definition(self) -> dict[str, Any]:
         """What is trained and how, as `mixpool train` is told beside the configuration."""
-        recipe, arguments = RECIPES[self.recipe], VARIANTS[self.variant]
-        common = recipe.options.get("model_kwargs", {})
-        model = recipe.stock if arguments is None else recipe.mixed
-        return recipe.options | {"model": model, "model_kwargs": common | (arguments or {}), "seed": self.seed}
+        recipe = RECIPES[self.recipe]
+        if self.variant in OTHERS:
+            model, arguments = OTHERS[self.variant]
+        else:
+            arguments = (STEMS | ANTIALIASED)[self.variant]
+            model = recipe.stock if arguments is None else recipe.mixed
+        arguments = recipe.options.get("model_kwargs", {}) | (arguments or {})
+        return recipe.options | {"model": model, "model_kwargs": arguments, "seed": self.seed}
 
 
 MAIN = ("stock", "blurpool", "cmod", "mixpool", "mixpool_max_blur")
-SCREEN = ("stock", "mixpool", "gabor_32_free", "wavelet_48", "blurpool", "wavelet_48_max_blur", "gabor_48")
+SCREEN = (
+    *("stock", "mixpool", "wavelet_48_max_blur", "gabor_32_free", "blurpool", "wavelet_48", "gabor_48"),
+    *("wavelet_64", "random_48_free", "stock_wavelet", "cmod", "mixpool_max_blur", "wavelet_48_free", "gated"),
+    *("stock_aa", "blurpool_aa", "wavelet_48_max_blur_aa", "mixpool_free", "random_24", "wavelet_8", "wavelet_16"),
+    *("wavelet_32", "gabor_24", "gabor_64"),
+)
 # Name -> recipe and networks; the seed of batch_128 is 42.
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "main": ("full", (*MAIN, *(f"{name}_aa" for name in MAIN))),

@@ -9,9 +9,8 @@ import timm
 import torch
 from PIL import Image
 
-import benchmarks.small_alexnet  # noqa: F401  registers it
 from benchmarks import cifar10
-from benchmarks.cifar10_variants import RECIPES, TABLES, VARIANTS, Row, rows
+from benchmarks.cifar10_variants import RECIPES, TABLES, Row, rows
 from mixpool.checkpoint import converted_stems
 from mixpool.layers import MixPoolStem
 
@@ -54,8 +53,17 @@ def test_the_stock_network_is_timms():
 def test_all_rows_have_networks_and_names_of_their_own():
     queue = [row for table in TABLES for row in rows(table, [0, 1])]
     assert len({row.name for row in queue}) == len(queue) == len({json.dumps(row.definition()) for row in queue})
-    assert all(row.variant in VARIANTS and row.recipe in RECIPES for row in queue)
     assert [row.seed for row in rows("alexnet", [3, 5])] == [3] * 5 + [5] * 5
+
+
+def test_a_gate_at_its_end_is_one_of_the_poolings():
+    stem = built("gated").conv1.eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        stem.gate_logits.fill_(200.0)[::2] = -200.0
+        out, modulus, maximum = stem(x), stem.as_modulus(x), stem.as_max(x)
+    assert torch.equal(out[:, ::2], maximum[:, ::2]) and torch.equal(out[:, 1::2], modulus[:, 1::2])
+    assert not torch.allclose(maximum, modulus)
 
 
 @pytest.fixture
