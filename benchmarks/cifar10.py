@@ -10,20 +10,17 @@ under those on the original.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import benchmarks.gated_stem  # noqa: F401  these two register their networks
 import benchmarks.small_alexnet  # noqa: F401
 from benchmarks.cifar10_variants import CONFIG, TABLES, Row, rows
+from benchmarks.queue import run_each
 from benchmarks.sample import shared_folder
-from benchmarks.store import RECORDS, ROOT
+from benchmarks.store import RECORDS
 from mixpool import records
 from mixpool.evaluate import evaluate
 from mixpool.evaluation.views import find_model_input
@@ -78,18 +75,6 @@ def _flips(summary: Mapping[str, Any]) -> dict[str, float]:
     return {f"{way[0]}{k}": curve[str(k)] for way, curve in curves.items() for k in SHIFTS}
 
 
-def _run_alone(row: Row, output: Path) -> int:
-    """`run` in a process of one thread, its words in a file; the exit status."""
-    if has_record(row):
-        return 0
-    command = [sys.executable, "-m", "benchmarks.cifar10", "--output", str(output), "--one", *map(str, row)]
-    with (output / f"{row.name}.log").open("a") as log:
-        print(f"{row.name}: see {log.name}", flush=True)
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
-    print(f"{row.name}: {'finished' if done.returncode == 0 else f'failed with {done.returncode}'}", flush=True)
-    return done.returncode
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"what to compare, of {', '.join(TABLES)} (main)")
@@ -107,10 +92,9 @@ def main() -> None:
         records.append(RECORD, run(Row(variant, recipe, int(seed)), output))
         return
     queue = [row for table in options.tables or ["main"] for row in rows(table, options.seeds)]
-    with ThreadPoolExecutor(options.processes) as pool:
-        failed = sum(status != 0 for status in pool.map(lambda row: _run_alone(row, output), queue))
-    if failed:
-        raise SystemExit(f"{failed} of {len(queue)} runs failed; their logs are in {output}")
+    missing = [row for row in queue if not has_record(row)]
+    print(f"{len(missing)} of {len(queue)} runs have no record yet")
+    run_each("benchmarks.cifar10", missing, output, options.processes)
 
 
 if __name__ == "__main__":

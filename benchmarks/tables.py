@@ -17,6 +17,7 @@ from statistics import mean
 from benchmarks.markdown import machine_line, read, table
 from benchmarks.tables_cifar10 import cifar10, cifar10_alexnet, cifar10_first, cifar10_screen
 from benchmarks.tables_gpu import gpu, gpu_memory, gpu_models, gpu_others, gpu_targets, measured
+from benchmarks.tables_pretrained import pretrained
 from benchmarks.tables_training import evaluation, evaluation_speed, finetune
 from mixpool.theory_table import summary_rows
 
@@ -224,6 +225,7 @@ TABLES: dict[str, Callable[[], str]] = {
         evaluation,
         evaluation_speed,
         finetune,
+        pretrained,
         cifar10,
         cifar10_alexnet,
         cifar10_first,

@@ -96,4 +96,9 @@ def test_a_row_is_recorded_once(queue_folder, monkeypatch, capsys):
     assert record["flip"]["h1"] == record["summary"]["flip_probability"]["horizontal"]["1"]
     assert cifar10.has_record(row)
     assert not cifar10.has_record(row._replace(seed=8))
-    assert cifar10._run_alone(row, queue_folder) == 0 and not (queue_folder / f"{row.name}.log").exists()
+    monkeypatch.setattr("sys.argv", ["cifar10", "batch_128", "--seeds", "7", "--output", str(queue_folder)])
+    queued = []
+    monkeypatch.setattr(cifar10, "run_each", lambda module, rows, *_: queued.extend(rows))
+    monkeypatch.setitem(TABLES, "batch_128", ("half", ("mixpool_aa", "stock")))
+    cifar10.main()
+    assert queued == [Row("stock", "half", 7)] and "1 of 2 runs" in capsys.readouterr().out
