@@ -19,6 +19,8 @@ NAMES = (
     "squeezenet",
     "theory",
     "cpu",
+    "cost",
+    "peers",
     "evaluation",
     "finetune",
 )

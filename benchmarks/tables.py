@@ -16,7 +16,9 @@ from statistics import mean
 
 from benchmarks.markdown import machine_line, read, table
 from benchmarks.tables_cifar10 import cifar10, cifar10_alexnet, cifar10_first, cifar10_screen
+from benchmarks.tables_cost import cost_count, cost_growth, cost_time
 from benchmarks.tables_gpu import gpu, gpu_memory, gpu_models, gpu_others, gpu_targets, measured
+from benchmarks.tables_peers import peers_cost, peers_functions, peers_network, peers_stability
 from benchmarks.tables_pretrained import pretrained
 from benchmarks.tables_training import evaluation, evaluation_speed, finetune
 from mixpool.theory_table import summary_rows
@@ -230,6 +232,13 @@ TABLES: dict[str, Callable[[], str]] = {
         cifar10_alexnet,
         cifar10_first,
         cifar10_screen,
+        cost_count,
+        cost_time,
+        cost_growth,
+        peers_functions,
+        peers_cost,
+        peers_stability,
+        peers_network,
     )
 }
 
