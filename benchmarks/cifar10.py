@@ -10,14 +10,13 @@ under those on the original.
 from __future__ import annotations
 
 import argparse
+import importlib
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import benchmarks.gated_stem  # noqa: F401  these two register their networks
-import benchmarks.small_alexnet  # noqa: F401
-from benchmarks.cifar10_variants import CONFIG, TABLES, Row, rows
+from benchmarks.cifar10_variants import CONFIG, MODULES, TABLES, Row, rows
 from benchmarks.queue import run_each
 from benchmarks.sample import shared_folder
 from benchmarks.store import RECORDS
@@ -41,10 +40,17 @@ def has_record(row: Row) -> bool:
     return any(r["definition"] == row.definition() and r["recipe"] == row.recipe for r in found)
 
 
+def register_networks() -> None:
+    for module in MODULES:
+        importlib.import_module(module)
+
+
 def run(row: Row, output: Path) -> dict[str, Any]:
     """Train or go on with one network, and evaluate its last weights; the record."""
     data = output / "data" / "cifar10"
     place = {"config": str(CONFIG), "data_dir": str(data), "output": str(output), "experiment": row.name}
+    place["device_modules"] = MODULES
+    register_networks()
     finished = output / row.name / TRAINING_RECORD
     if finished.exists():  # maybe by an earlier version of the code, which the record names
         (trained,) = records.read(finished)

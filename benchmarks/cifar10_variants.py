@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# What puts the networks into timm's registry.
+MODULES = ["mixpool.timm_models", "benchmarks.dense_stem", "benchmarks.gated_stem", "benchmarks.small_alexnet"]
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18_30epochs.yaml"
 
 
@@ -29,7 +31,6 @@ RECIPES = {
         "resnet18",
         "mixpool_resnet18",
         {
-            "device_modules": ["mixpool.timm_models", "benchmarks.gated_stem"],
             "model_kwargs": {"channels": [32, 64, 128, 256]},
             "epochs": 12,
             "warmup_epochs": 1,
@@ -40,7 +41,6 @@ RECIPES = {
         "small_alexnet",
         "mixpool_small_alexnet",
         {
-            "device_modules": ["mixpool.timm_models", "benchmarks.small_alexnet"],
             "img_size": 64,
             "epochs": 20,
             "lr": 0.02,  # it has no norm layers
@@ -78,7 +78,11 @@ STEMS: dict[str, dict[str, Any] | None] = {
     "wavelet_48_max_blur": {"num_bank": 48, "max_blur": 3},
 }
 # Networks of another name, with arguments of their own.
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {"gated": ("gated_resnet18", {})}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gated": ("gated_resnet18", {}),
+    "dense": ("dense_resnet18", {}),
+    "dense_aa": ("dense_resnet18", {"aa_layer": "blur"}),
+}
 # With BlurPool in the strided layers behind the stem; the stem stays.
 ANTIALIASED: dict[str, dict[str, Any]] = {
     f"{name}_aa": {"max_blur": 1, **({"select": "none", "init": "none"} if stem is None else stem), "aa_layer": "blur"}
@@ -112,7 +116,17 @@ class Row(NamedTuple):
 MAIN = ("stock", "blurpool", "cmod", "mixpool", "mixpool_max_blur")
 SCREEN = (
     *("stock", "mixpool", "wavelet_48_max_blur", "gabor_32_free", "blurpool", "wavelet_48", "gabor_48"),
-    *("wavelet_64", "random_48_free", "stock_wavelet", "cmod", "mixpool_max_blur", "wavelet_48_free", "gated"),
+    *(
+        "dense",
+        "dense_aa",
+        "wavelet_64",
+        "random_48_free",
+        "stock_wavelet",
+        "cmod",
+        "mixpool_max_blur",
+        "wavelet_48_free",
+        "gated",
+    ),
     *("stock_aa", "blurpool_aa", "wavelet_48_max_blur_aa", "mixpool_free", "random_24", "wavelet_8", "wavelet_16"),
     *("wavelet_32", "gabor_24", "gabor_64"),
 )

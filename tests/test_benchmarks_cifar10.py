@@ -8,11 +8,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from support import assert_close
 
 from benchmarks import cifar10
 from benchmarks.cifar10_variants import RECIPES, TABLES, Row, rows
 from mixpool.checkpoint import converted_stems
 from mixpool.layers import MixPoolStem
+
+cifar10.register_networks()
 
 
 def built(variant: str, recipe: str = "half") -> torch.nn.Module:
@@ -64,6 +67,18 @@ def test_a_gate_at_its_end_is_one_of_the_poolings():
         out, modulus, maximum = stem(x), stem.as_modulus(x), stem.as_max(x)
     assert torch.equal(out[:, ::2], maximum[:, ::2]) and torch.equal(out[:, 1::2], modulus[:, 1::2])
     assert not torch.allclose(maximum, modulus)
+
+
+def test_the_dense_stem_hardly_aliases():
+    model = built("dense_aa").eval()
+    assert isinstance(model.layer2[0].aa, timm.layers.BlurPool2d)
+    constant = torch.ones(1, 64, 16, 24)
+    assert_close("mean", model.maxpool(constant), torch.ones(1, 64, 4, 6))
+    wave = torch.cos(torch.pi / 2 * torch.arange(64.0)).expand(1, 1, 64, 64)  # folds onto frequency 0 at a step of 4
+    assert model.maxpool[1](wave)[..., 2:-2, 2:-2].abs().max() < 0.02
+    plain = built("stock").maxpool
+    x = torch.randn(1, 64, 32, 32)
+    assert plain(x).shape[-1] == 16 and model.maxpool(x).shape[-1] == 8
 
 
 @pytest.fixture
