@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from statistics import mean
 
 from benchmarks.cifar10_variants import TABLES
@@ -10,11 +9,13 @@ from benchmarks.markdown import machine_line, read, table
 from benchmarks.store import RECORDS
 
 NOT_RUN = "Not run yet."
-FLIPS = ("h1", "v1", "d1", "h2", "h4")
-COLUMNS: dict[str, Callable[[dict], float]] = {
-    "top-1 %": lambda record: record["top1"],
-    **{f"flips % {name}": lambda record, name=name: record["flip"][name] for name in FLIPS},
-    "KL h1, 0.01 nats": lambda record: record["kl"]["horizontal"]["1"] * 100,
+DIRECTIONS = {"h": "horizontal", "v": "vertical", "d": "diagonal"}
+# Where the number lies in `summary`, and its interval in `ci95`.
+COLUMNS = {
+    "top-1 %": ("top1",),
+    **{
+        f"flips % {name}": ("flip_probability", DIRECTIONS[name[0]], name[1]) for name in ("h1", "v1", "d1", "h2", "h4")
+    },
 }
 
 
@@ -42,14 +43,24 @@ def _table(name: str) -> str:
     for variant in variants:
         runs = [record for record in found if record["variant"] == variant]
         if runs:
-            rows.append([variant, str(len(runs)), *(_spread([value(r) for r in runs]) for value in COLUMNS.values())])
+            kl = f"{mean(r['kl']['horizontal']['1'] for r in runs) * 100:.2f}"
+            rows.append([variant, str(len(runs)), *(_spread(runs, path) for path in COLUMNS.values()), kl])
     if not rows:
         return NOT_RUN
-    text = table(["stem", "seeds", *COLUMNS], rows)
+    text = table(["stem", "seeds", *COLUMNS, "KL h1, 0.01 nats"], rows)
     about = f"{found[0]['epochs']} epochs, {found[0]['num_images']:,} test images (KL: {found[0]['kl_images']:,})"
-    return f"{text}\n\n{about}; mean over seeds, in brackets the lowest and the highest. {machine_line(found[0])}"
+    brackets = "in brackets the lowest and the highest seed; where there is one, the 95 % interval over the images"
+    return f"{text}\n\n{about}; {brackets}. {machine_line(found[0])}"
 
 
-def _spread(values: list[float]) -> str:
-    shown = f"{mean(values):.2f}"
-    return shown if len(values) == 1 else f"{shown} ({min(values):.2f} to {max(values):.2f})"
+def _spread(runs: list[dict], path: tuple[str, ...]) -> str:
+    """The mean over seeds and their range; of one run its interval over the images."""
+    values = [_at(record["summary"], path) for record in runs]
+    low, high = (min(values), max(values)) if len(runs) > 1 else _at(runs[0]["ci95"], path)
+    return f"{mean(values):.2f} ({low:.2f} to {high:.2f})"
+
+
+def _at(values, path: tuple[str, ...]):
+    for name in path:
+        values = values[name]
+    return values
