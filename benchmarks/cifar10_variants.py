@@ -115,20 +115,10 @@ class Row(NamedTuple):
 
 MAIN = ("stock", "blurpool", "cmod", "mixpool", "mixpool_max_blur")
 SCREEN = (
-    *("stock", "mixpool", "wavelet_48_max_blur", "gabor_32_free", "blurpool", "wavelet_48", "gabor_48"),
-    *(
-        "dense",
-        "dense_aa",
-        "wavelet_64",
-        "random_48_free",
-        "stock_wavelet",
-        "cmod",
-        "mixpool_max_blur",
-        "wavelet_48_free",
-        "gated",
-    ),
-    *("stock_aa", "blurpool_aa", "wavelet_48_max_blur_aa", "mixpool_free", "random_24", "wavelet_8", "wavelet_16"),
-    *("wavelet_32", "gabor_24", "gabor_64"),
+    *("stock", "mixpool", "wavelet_48_max_blur", "blurpool", "dense", "stock_aa", "wavelet_48_max_blur_aa"),
+    *("gabor_32_free", "blurpool_aa", "dense_aa", "wavelet_48", "gabor_48", "wavelet_64", "random_48_free", "cmod"),
+    *("stock_wavelet", "mixpool_max_blur", "wavelet_48_free", "gated", "mixpool_free", "random_24", "wavelet_8"),
+    *("wavelet_16", "wavelet_32", "gabor_24", "gabor_64"),
 )
 # Name -> recipe and networks; the seed of batch_128 is 42.
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
