@@ -181,17 +181,45 @@ def binomial_decimate(out: Tensor, pool: PoolGeometry) -> Tensor:
 
 
 def modulus(re: Tensor, im: Tensor) -> Tensor:
-    """sqrt(re^2 + im^2) in float32 or better, with derivative 0 where both are 0 (a plain sqrt or hypot gives NaN).
-
-    With gradients the squares are taken as they are, so float32 wants values between 1e-18 and 1e18.
-    """
-    if re.dtype in (torch.float16, torch.bfloat16):
-        re, im = re.float(), im.float()
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        return torch.hypot(re, im)  # one pass; its derivative is the one that is wrong at 0
+    """sqrt(re^2 + im^2) in float32 or better, with derivative 0 where both are 0 (a plain sqrt or hypot gives NaN)."""
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _in_functorch()):
+        return _Modulus.apply(re, im)
+    # For what follows single operators. The squares want values between 1e-18 and 1e18 in float32.
+    re, im = _widened(re), _widened(im)
     energy = torch.addcmul(re * re, im, im)
     is_zero = energy == 0
     return energy.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
+
+
+class _Modulus(torch.autograd.Function):
+    """hypot in half of the passes over memory, and with its derivative at 0."""
+
+    @staticmethod
+    def forward(ctx, re: Tensor, im: Tensor) -> Tensor:
+        out = torch.hypot(_widened(re), _widened(im))
+        ctx.save_for_backward(re, im, out)
+        ctx.save_for_forward(re, im, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        re, im, out = ctx.saved_tensors
+        ratio = grad / _without_zeros(out)
+        return (re * ratio).to(re.dtype), (im * ratio).to(im.dtype)
+
+    @staticmethod
+    def jvp(ctx, re_tangent: Tensor, im_tangent: Tensor) -> Tensor:
+        re, im, out = ctx.saved_tensors
+        return (re * re_tangent + im * im_tangent) / _without_zeros(out)
+
+
+def _widened(part: Tensor) -> Tensor:
+    return part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
+
+
+def _without_zeros(out: Tensor) -> Tensor:
+    """For a quotient whose numerator is 0 there."""
+    return out.masked_fill(out == 0, 1)
 
 
 def lowpass_pool(envelope: Tensor, pool: PoolGeometry) -> Tensor:

@@ -16,6 +16,9 @@ SHARED = Path(os.environ.get("MIXPOOL_SHARED", REPOSITORY.parent / "shared"))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on CPU tensors
 
+# Dynamo lists torch's functions when it is first asked, and has to find them as they are, not poisoned as below.
+torch.compile(lambda x: x + torch.empty_like(x).fill_(1), backend="eager", fullgraph=True)(torch.ones(1))
+
 torch.set_num_threads(1)  # the tensors here are small; two threads are slower, more so on a busy machine
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False

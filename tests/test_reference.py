@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import assert_close, pooled_length
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixpool.reference import (
@@ -92,6 +93,35 @@ def test_modulus_derivatives_of_both_orders_away_from_zero():
     re, im = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(modulus, (re, im))
     assert torch.autograd.gradgradcheck(modulus, (re, im))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # of torch's own modules
+def test_modulus_carries_tangents_forward():
+    re, im = torch.tensor([0.0, 3.0, -1.0]).double(), torch.tensor([0.0, 4.0, 0.0]).double()
+    tangents = torch.tensor([7.0, 10.0, 2.0]).double(), torch.tensor([5.0, 5.0, 1.0]).double()
+    with forward_ad.dual_level():
+        out = modulus(*(forward_ad.make_dual(part, tangent) for part, tangent in zip((re, im), tangents, strict=True)))
+        assert_close("tangent", forward_ad.unpack_dual(out).tangent, torch.tensor([0.0, 10.0, -2.0]).double())
+    _, by_transform = torch.func.jvp(modulus, (re, im), tangents)
+    assert_close("torch.func", by_transform, torch.tensor([0.0, 10.0, -2.0]).double())
+
+
+def test_modulus_with_gradients_does_not_overflow():
+    re, im = (torch.tensor([value], requires_grad=True) for value in (3e30, 4e30))
+    out = modulus(re, im)
+    assert_close("modulus", out, torch.tensor([5e30]))
+    assert_close("d/d re", torch.autograd.grad(out, re)[0], torch.tensor([0.6]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_modulus_gradients_keep_the_dtype(dtype):
+    re, im = torch.randn(2, 8, dtype=dtype).requires_grad_().unbind()
+    upstream = torch.randn(8)
+    grads = torch.autograd.grad(modulus(re, im), (re, im), upstream)
+    for part, grad in zip((re, im), grads, strict=True):
+        wanted = upstream.double() * part.double() / torch.hypot(re.double(), im.double())
+        assert grad.dtype == dtype
+        assert_close("gradient", grad, wanted.to(dtype))
 
 
 # --- the means --------------------------------------------------------------------------------------------------------
