@@ -18,6 +18,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 import benchmarks.sample_models  # noqa: F401  registers squeezenet_sample
+from benchmarks import pretrained
 from benchmarks.sample import RECORDS, shared_folder, split
 from mixpool import convert, records
 from mixpool.evaluate import evaluate
@@ -32,28 +33,7 @@ MODEL = "squeezenet_sample"
 SEEDS = (0, 1)
 CALIBRATION = 100
 PROTOCOLS = ("accuracy", "consistency", "flips", "stem")
-RECIPE = {
-    "device_modules": "benchmarks.sample_models",
-    "model": MODEL,
-    "pretrained": True,
-    "device": "cpu",
-    "workers": 1,
-    "batch_size": 25,
-    "channels_last": True,
-    "epochs": 20,
-    "warmup_epochs": 1,
-    "warmup_lr": 3e-5,
-    "lr": 3e-4,
-    "clip_grad": 1.0,
-    "weight_decay": 1e-4,
-    "distill": "stock",
-    "task_loss_weight": 0.0,
-    "smoothing": 0.0,
-    "color_jitter": 0.2,
-    "scale": (0.35, 1.0),
-    "val_interval": 20,
-    "log_interval": 10,
-}
+RECIPE = pretrained.RECIPE | {"device_modules": "benchmarks.sample_models", "model": MODEL}
 
 
 def divide(folder: Path, seed: int) -> Path:
@@ -78,7 +58,7 @@ def finetuned(folder: Path, class_map: Path, seed: int, converted: bool) -> Path
     arguments = ["--convert"] * converted + ["--convert-images", str(CALIBRATION)] * converted
     for key, value in settings.items():
         flag = "--" + key.replace("_", "-")
-        arguments += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+        arguments += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else (value,))]
     train(parse(arguments))
     return folder / name / "last.pth.tar"
 
@@ -124,7 +104,7 @@ def main() -> None:
             "finetune",
             model=MODEL,
             seed=seed,
-            recipe={key: list(value) if isinstance(value, tuple) else value for key, value in RECIPE.items()},
+            recipe=RECIPE,
             calibration_images=CALIBRATION,
             num_modulus=num_modulus,
             num_train=250,
