@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # What puts the networks into timm's registry.
-MODULES = ["mixpool.timm_models", "benchmarks.dense_stem", "benchmarks.gated_stem", "benchmarks.small_alexnet"]
+MODULES = [
+    "mixpool.timm_models",
+    *("benchmarks.dense_stem", "benchmarks.gated_stem", "benchmarks.small_alexnet", "benchmarks.wide_blur_stem"),
+]
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18_30epochs.yaml"
 
 
@@ -76,10 +79,14 @@ STEMS: dict[str, dict[str, Any] | None] = {
     # blur
     "wavelet_32_max_blur": {"num_bank": 32, "max_blur": 3},
     "wavelet_48_max_blur": {"num_bank": 48, "max_blur": 3},
+    "wavelet_48_free_max_blur": {"num_bank": 48, "imag": "free", "max_blur": 3},
+    "gabor_48_free_max_blur": {"init": "gabor", "num_bank": 48, "imag": "free", "max_blur": 3},
 }
 # Networks of another name, with arguments of their own.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gated": ("gated_resnet18", {}),
+    "wide_blur": ("wide_blur_resnet18", {}),
+    "wide_blur_free": ("wide_blur_resnet18", {"imag": "free"}),
     "dense": ("dense_resnet18", {}),
     "dense_aa": ("dense_resnet18", {"aa_layer": "blur"}),
 }
@@ -116,9 +123,9 @@ class Row(NamedTuple):
 MAIN = ("stock", "blurpool", "cmod", "mixpool", "mixpool_max_blur")
 SCREEN = (
     *("stock", "mixpool", "wavelet_48_max_blur", "blurpool", "dense", "stock_aa", "wavelet_48_max_blur_aa"),
-    *("gabor_32_free", "blurpool_aa", "dense_aa", "wavelet_48", "gabor_48", "wavelet_64", "random_48_free", "cmod"),
-    *("stock_wavelet", "mixpool_max_blur", "wavelet_48_free", "gated", "mixpool_free", "random_24", "wavelet_8"),
-    *("wavelet_16", "wavelet_32", "gabor_24", "gabor_64"),
+    *("gabor_48_free_max_blur", "wide_blur", "wavelet_48_free_max_blur", "gabor_32_free", "blurpool_aa", "cmod"),
+    *("mixpool_max_blur", "wide_blur_free", "wavelet_48", "wavelet_64", "random_48_free", "gated", "mixpool_free"),
+    *("wavelet_32", "wavelet_16", "wavelet_8", "gabor_24", "random_24", "stock_wavelet", "dense_aa"),
 )
 # Name -> recipe and networks; the seed of batch_128 is 42.
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -7,11 +7,13 @@ import json
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from support import assert_close
 
 from benchmarks import cifar10
 from benchmarks.cifar10_variants import RECIPES, TABLES, Row, rows
+from mixpool import analytic_partner
 from mixpool.checkpoint import converted_stems
 from mixpool.layers import MixPoolStem
 
@@ -79,6 +81,23 @@ def test_the_dense_stem_hardly_aliases():
     plain = built("stock").maxpool
     x = torch.randn(1, 64, 32, 32)
     assert plain(x).shape[-1] == 16 and model.maxpool(x).shape[-1] == 8
+
+
+def test_the_wide_blur_is_a_binomial_mean_of_5():
+    model = built("wide_blur").eval()
+    stem = stem_of(model)
+    assert (stem.num_modulus, stem.imag) == (48, "tied") and stem_of(built("wide_blur_free")).imag == "free"
+    x = torch.randn(1, 3, 64, 64)
+    taps = torch.tensor([1.0, 4, 6, 4, 1])
+    with torch.no_grad():
+        out = model.maxpool(stem(x))
+        imag = analytic_partner(stem.weight)
+        z = torch.complex(*(F.conv2d(x, w[-48:], stride=2, padding=3) for w in (stem.weight, imag)))
+    kernel = (taps.outer(taps) / 256).expand(48, 1, 5, 5)
+    wanted = F.conv2d(z.abs(), kernel, stride=2, groups=48)
+    assert out.shape == (1, 64, 16, 16)
+    # a fresh norm layer's scale, and the border's first values, which are means of fewer
+    assert_close("inner values", out[:, 16:, 1:-1, 1:-1] * (1 + stem.bn.eps) ** 0.5, wanted[..., :14, :14])
 
 
 @pytest.fixture
