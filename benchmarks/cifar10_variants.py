@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # What puts the networks into timm's registry.
-MODULES = [
-    "mixpool.timm_models",
-    *("benchmarks.dense_stem", "benchmarks.gated_stem", "benchmarks.small_alexnet", "benchmarks.wide_blur_stem"),
-]
+MODULES = ["mixpool.timm_models", "benchmarks.dense_stem", "benchmarks.gated_stem", "benchmarks.small_alexnet"]
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_resnet18_30epochs.yaml"
 
 
