@@ -42,7 +42,7 @@ RECIPES = {
         "mixpool_small_alexnet",
         {
             "img_size": 64,
-            "epochs": 20,
+            "epochs": 12,
             "lr": 0.02,  # it has no norm layers
             "warmup_lr": 0.002,
             "val_interval": 5,
@@ -55,29 +55,37 @@ def _last(count: int) -> list[bool]:
     return [channel >= 64 - count for channel in range(64)]
 
 
+# mixpool's default in a ResNet, spelt out, so that a record says what it measured whatever the default is later.
+DEFAULT: dict[str, Any] = {"num_bank": 48, "max_blur": 3}
 # What a network with mixpool's stem is told; None: the stock network.
 STEMS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "blurpool": {"select": "none", "init": "none", "max_blur": 3},
-    "cmod": {"blur": 1},
-    "mixpool": {},
-    "mixpool_max_blur": {"max_blur": 3},
-    # controls: the bank without the modulus, the modulus without a bank
-    "stock_wavelet": {"select": "none"},
-    "random_24": {"init": "none", "select": _last(24)},
-    "random_48_free": {"init": "none", "select": _last(48), "imag": "free"},
-    # how many
-    **{f"wavelet_{count}": {"num_bank": count} for count in (8, 16, 32, 48, 64)},
-    **{f"gabor_{count}": {"init": "gabor", "num_bank": count} for count in (24, 32, 48, 64)},
-    # the partner
-    "mixpool_free": {"imag": "free"},
-    "gabor_32_free": {"init": "gabor", "num_bank": 32, "imag": "free"},
-    "wavelet_48_free": {"num_bank": 48, "imag": "free"},
-    # blur
-    "wavelet_32_max_blur": {"num_bank": 32, "max_blur": 3},
-    "wavelet_48_max_blur": {"num_bank": 48, "max_blur": 3},
-    "wavelet_48_free_max_blur": {"num_bank": 48, "imag": "free", "max_blur": 3},
-    "gabor_48_free_max_blur": {"init": "gabor", "num_bank": 48, "imag": "free", "max_blur": 3},
+    "cmod": {"num_bank": 24, "blur": 1, "max_blur": 1},  # paper 2's
+    "mixpool": DEFAULT,
+    # one thing changed: how many channels
+    **{f"wavelet_{count}": DEFAULT | {"num_bank": count} for count in (8, 16, 24, 32, 64)},
+    # ... the filters that training starts from
+    "gabor": DEFAULT | {"init": "gabor"},
+    "random": {"init": "none", "select": _last(48), "max_blur": 3},
+    # ... the partner
+    "free": DEFAULT | {"imag": "free"},
+    # ... blur
+    "blur_1": DEFAULT | {"blur": 1},
+    "no_max_blur": DEFAULT | {"max_blur": 1},
+    # ... the pooling: the wavelets on BlurPool's
+    "wavelet_blurpool": DEFAULT | {"select": "none"},
+    # more than one
+    "wavelet_24_no_max_blur": {"num_bank": 24, "max_blur": 1},  # the default until this table
+    "gabor_free": DEFAULT | {"init": "gabor", "imag": "free"},
+    "random_free": {"init": "none", "select": _last(48), "max_blur": 3, "imag": "free"},
+}
+# AlexNet's default has half of the channels on the modulus.
+ALEXNET_STEMS: dict[str, dict[str, Any] | None] = STEMS | {
+    "cmod": {"num_bank": 32, "blur": 1, "max_blur": 1},
+    "mixpool": {"num_bank": 32, "max_blur": 3},
+    "wavelet_32_no_max_blur": {"num_bank": 32, "max_blur": 1},
+    "wavelet_48": {"num_bank": 48, "max_blur": 3},
 }
 # Networks of another name, with arguments of their own.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -87,11 +95,12 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense_resnet18", {}),
     "dense_aa": ("dense_resnet18", {"aa_layer": "blur"}),
 }
-# With BlurPool in the strided layers behind the stem; the stem stays.
-ANTIALIASED: dict[str, dict[str, Any]] = {
-    f"{name}_aa": {"max_blur": 1, **({"select": "none", "init": "none"} if stem is None else stem), "aa_layer": "blur"}
-    for name, stem in STEMS.items()
-}
+
+
+def _antialiased(stems: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    """With BlurPool in the strided layers behind the stem; the stem stays."""
+    stock = {"max_blur": 1, "select": "none", "init": "none"}
+    return {f"{name}_aa": (stock if stem is None else stem) | {"aa_layer": "blur"} for name, stem in stems.items()}
 
 
 class Row(NamedTuple):
@@ -111,25 +120,27 @@ class Row(NamedTuple):
         if self.variant in OTHERS:
             model, arguments = OTHERS[self.variant]
         else:
-            arguments = (STEMS | ANTIALIASED)[self.variant]
+            stems = ALEXNET_STEMS if self.recipe == "alexnet" else STEMS
+            arguments = (stems | _antialiased(stems))[self.variant]
             model = recipe.stock if arguments is None else recipe.mixed
         arguments = recipe.options.get("model_kwargs", {}) | (arguments or {})
         return recipe.options | {"model": model, "model_kwargs": arguments, "seed": self.seed}
 
 
-MAIN = ("stock", "blurpool", "cmod", "mixpool", "mixpool_max_blur")
-SCREEN = (
-    *("stock", "mixpool", "wavelet_48_max_blur", "blurpool", "dense", "stock_aa", "wavelet_48_max_blur_aa"),
-    *("gabor_48_free_max_blur", "wide_blur", "wavelet_48_free_max_blur", "gabor_32_free", "blurpool_aa", "cmod"),
-    *("mixpool_max_blur", "wide_blur_free", "wavelet_48", "wavelet_64", "random_48_free", "gated", "mixpool_free"),
-    *("wavelet_32", "wavelet_16", "wavelet_8", "gabor_24", "random_24", "stock_wavelet", "dense_aa"),
+MAIN = ("stock", "blurpool", "cmod", "mixpool")
+DESIGNS = (
+    *("wavelet_8", "wavelet_16", "wavelet_24", "wavelet_32", "wavelet_64", "gabor", "random", "free", "blur_1"),
+    *("no_max_blur", "wavelet_blurpool", "wavelet_24_no_max_blur", "gabor_free", "random_free", "gated"),
 )
 # Name -> recipe and networks; the seed of batch_128 is 42.
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "main": ("full", (*MAIN, *(f"{name}_aa" for name in MAIN))),
-    "alexnet": ("alexnet", MAIN),
-    "screen": ("half", SCREEN),
-    "batch_128": ("batch_128", ("stock", "mixpool")),
+    "main": ("half", MAIN),
+    "later": ("half", tuple(f"{name}_aa" for name in MAIN)),
+    "bound": ("half", ("dense", "dense_aa", "wide_blur")),
+    "designs": ("half", DESIGNS),
+    "full": ("full", MAIN),
+    "alexnet": ("alexnet", (*MAIN, "wavelet_32_no_max_blur", "wavelet_48")),
+    "batch_128": ("batch_128", ("stock", "wavelet_24_no_max_blur")),
 }
 
 

@@ -3,8 +3,9 @@
     stock               timm's ResNet, AlexNet as torchvision has it
     BlurPool stem       the stem's max pooling at stride 1, then binomial decimation; everything else is stock
     timm aa_layer       timm's `aa_layer=BlurPool2d`: the stem and every strided layer (timm has no AlexNet)
-    mixpool             the default: wavelet packets on the modulus, 24 of a ResNet's 64 channels, 32 of AlexNet's
-    mixpool max_blur=3  the same, and the other channels as in the BlurPool stem
+    CMod                paper 2's stem: 24 of a ResNet's 64 channels on the modulus, 32 of AlexNet's, nothing blurred
+    mixpool             the default: 48 of a ResNet's channels on the blurred modulus, 32 of AlexNet's, the others as in
+                        the BlurPool stem
     mixpool aa_layer    the same, and every later strided layer antialiased by BlurPool
 
 All weights are random: costs do not hang on them. mixpool's stems run on its reference path, the one there is on a CPU.
@@ -25,18 +26,18 @@ STEMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SUBJECTS = (*STEMS, *NETWORKS)
 
-BLUR_STEM, TIMM_AA = "BlurPool stem", "timm aa_layer"
+BLUR_STEM, TIMM_AA, CMOD = "BlurPool stem", "timm aa_layer", "CMod"
 OPTIONS: dict[str, dict[str, Any]] = {
     BLUR_STEM: {"select": "none", "init": "none", "max_blur": 3},
+    CMOD: {"blur": 1, "max_blur": 1},
     "mixpool": {},
-    "mixpool max_blur=3": {"max_blur": 3},
     "mixpool aa_layer": {"aa_layer": "blur"},
 }
 VARIANTS = ("stock", BLUR_STEM, TIMM_AA, *(name for name in OPTIONS if name != BLUR_STEM))
 
 
 def variants_of(subject: str) -> tuple[str, ...]:
-    """The variants that a subject has; `aa_layer` adds nothing to mixpool's stem with max_blur=3."""
+    """The variants that a subject has; `aa_layer` adds nothing to mixpool's stem."""
     missing = {TIMM_AA} if "alexnet" in subject else set()
     missing |= {"mixpool aa_layer"} if subject in STEMS else set()
     return tuple(name for name in VARIANTS if name not in missing)
@@ -64,7 +65,8 @@ def _network(name: str, variant: str, size: dict[str, Any]) -> nn.Module:
     from mixpool.alexnet import AlexNet
 
     if variant in OPTIONS:
-        return timm.create_model(f"mixpool_{name}", backend="reference", **OPTIONS[variant], **size)
+        options = OPTIONS[variant] | ({"num_bank": 32 if name == "alexnet" else 24} if variant == CMOD else {})
+        return timm.create_model(f"mixpool_{name}", backend="reference", **options, **size)
     if name == "alexnet":
         return AlexNet(**size)
     return timm.create_model(name, **({"aa_layer": timm.layers.BlurPool2d} if variant == TIMM_AA else {}), **size)

@@ -15,8 +15,17 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.markdown import machine_line, read, table
-from benchmarks.tables_cifar10 import cifar10, cifar10_alexnet, cifar10_first, cifar10_screen
-from benchmarks.tables_cost import cost_count, cost_growth, cost_time
+from benchmarks.tables_cifar10 import (
+    cifar10,
+    cifar10_alexnet,
+    cifar10_bound,
+    cifar10_designs,
+    cifar10_first,
+    cifar10_full,
+    cifar10_later,
+    cifar10_short,
+)
+from benchmarks.tables_cost import cost_count, cost_growth, cost_short, cost_time
 from benchmarks.tables_gpu import gpu, gpu_memory, gpu_models, gpu_others, gpu_targets, measured
 from benchmarks.tables_peers import peers_cost, peers_functions, peers_network, peers_stability
 from benchmarks.tables_pretrained import pretrained
@@ -230,11 +239,16 @@ TABLES: dict[str, Callable[[], str]] = {
         pretrained,
         cifar10,
         cifar10_alexnet,
+        cifar10_bound,
+        cifar10_designs,
         cifar10_first,
-        cifar10_screen,
+        cifar10_full,
+        cifar10_later,
+        cifar10_short,
         cost_count,
         cost_time,
         cost_growth,
+        cost_short,
         peers_functions,
         peers_cost,
         peers_stability,

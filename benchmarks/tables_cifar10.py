@@ -2,55 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import mean
 
-from benchmarks.cifar10_variants import TABLES
+from benchmarks.cifar10_variants import MAIN, TABLES
 from benchmarks.markdown import machine_line, read, table
 from benchmarks.store import RECORDS
 
 NOT_RUN = "Not run yet."
 DIRECTIONS = {"h": "horizontal", "v": "vertical", "d": "diagonal"}
-# Where the number lies in `summary`, and its interval in `ci95`.
-COLUMNS = {
-    "top-1 %": ("top1",),
-    **{
-        f"flips % {name}": ("flip_probability", DIRECTIONS[name[0]], name[1]) for name in ("h1", "v1", "d1", "h2", "h4")
-    },
-}
+FLIPS = {f"{way}{shift}": ("flip_probability", DIRECTIONS[way], shift) for way, shift in ("h1", "v1", "d1", "h2", "h4")}
+# Of a network for the first table: its name in words, and what each quantity is called.
+NAMES = {"stock": "stock (max pooling)", "blurpool": "BlurPool", "cmod": "CMod (paper 2)", "mixpool": "mixpool"}
 
 
 def cifar10() -> str:
     return _table("main")
 
 
-def cifar10_first() -> str:
-    return _table("batch_128")
+def cifar10_later() -> str:
+    return _table("later")
+
+
+def cifar10_bound() -> str:
+    """Stems that cost any price, beside those that they bound."""
+    return _table("bound", before=("stock", "stock_aa", "mixpool", "mixpool_aa"))
+
+
+def cifar10_designs() -> str:
+    return _table("designs", before=("mixpool",))
+
+
+def cifar10_full() -> str:
+    return _table("full")
 
 
 def cifar10_alexnet() -> str:
     return _table("alexnet")
 
 
-def cifar10_screen() -> str:
-    return _table("screen")
+def cifar10_first() -> str:
+    return _table("batch_128")
 
 
-def _table(name: str) -> str:
-    recipe, variants = TABLES[name]
-    found = read("cifar10") if (RECORDS / "cifar10.jsonl").exists() else []
-    found = [record for record in found if record["recipe"] == recipe]
-    rows = []
-    for variant in variants:
-        runs = [record for record in found if record["variant"] == variant]
-        if runs:
-            kl = f"{mean(r['kl']['horizontal']['1'] for r in runs) * 100:.2f}"
-            rows.append([variant, str(len(runs)), *(_spread(runs, path) for path in COLUMNS.values()), kl])
-    if not rows:
+def cifar10_short() -> str:
+    """The main networks in few columns, for the first screen."""
+    columns = {
+        "top-1 %": ("top1",),
+        **{f"flips % {DIRECTIONS[name[0]]}": path for name, path in FLIPS.items() if name[1] == "1"},
+    }
+    runs = _runs("half", MAIN)
+    if not runs:
         return NOT_RUN
-    text = table(["stem", "seeds", *COLUMNS, "KL h1, 0.01 nats"], rows)
-    about = f"{found[0]['epochs']} epochs, {found[0]['num_images']:,} test images (KL: {found[0]['kl_images']:,})"
+    rows = [[NAMES[name], *(_spread(found, path) for path in columns.values())] for name, found in runs.items()]
+    seeds = sorted({len(found) for found in runs.values()})
+    first = next(iter(runs.values()))[0]
+    counted = "1 seed" if seeds == [1] else f"{' to '.join(map(str, seeds))} seeds"
+    brackets = "the 95 % interval over images" if seeds == [1] else "the lowest and the highest seed"
+    about = (
+        f"ResNet-18 with half the channels behind the stem, CIFAR-10 (JPEG), {first['epochs']} epochs, {counted}, "
+        f"{first['num_images']:,} test images; in brackets {brackets}."
+    )
+    return f"{table(['stem', *columns], rows)}\n\n{about}"
+
+
+def _table(name: str, before: Sequence[str] = ()) -> str:
+    """A row per network with a record; of a narrow table also rows of others, for comparison."""
+    recipe, variants = TABLES[name]
+    runs = _runs(recipe, (*before, *variants))
+    if not any(variant in runs for variant in variants):
+        return NOT_RUN
+    columns = {"top-1 %": ("top1",), **{f"flips % {name}": path for name, path in FLIPS.items()}}
+    rows = []
+    for variant, found in runs.items():
+        bound = f"{mean(_at(r['summary'], FLIPS['h4']) for r in found) / 4:.2f}"
+        kl = f"{mean(r['kl']['horizontal']['1'] for r in found) * 100:.2f}"
+        rows.append([variant, str(len(found)), *(_spread(found, path) for path in columns.values()), bound, kl])
+    first = next(iter(runs.values()))[0]
+    about = f"{first['epochs']} epochs, {first['num_images']:,} test images (KL: {first['kl_images']:,})"
     brackets = "in brackets the lowest and the highest seed; where there is one, the 95 % interval over the images"
-    return f"{text}\n\n{about}; {brackets}. {machine_line(found[0])}"
+    header = ["stem", "seeds", *columns, "h4 / 4", "KL h1, 0.01 nats"]
+    return f"{table(header, rows)}\n\n{about}; {brackets}. {machine_line(first)}"
+
+
+def _runs(recipe: str, variants: Sequence[str]) -> dict[str, list[dict]]:
+    """Variant -> records of its seeds, of those that have some, in the order of `variants`."""
+    found = read("cifar10") if (RECORDS / "cifar10.jsonl").exists() else []
+    runs = {variant: [r for r in found if (r["recipe"], r["variant"]) == (recipe, variant)] for variant in variants}
+    return {variant: records for variant, records in runs.items() if records}
 
 
 def _spread(runs: list[dict], path: tuple[str, ...]) -> str:

@@ -38,6 +38,31 @@ def cost_count() -> str:
     return _with_lines(table(["network", "per image", "stock", *OTHERS], rows), found)
 
 
+def cost_short() -> str:
+    """ResNet-18 as a whole, for the first page: a row per variant, what it costs beside stock."""
+    found = {
+        r["variant"] if "variant" in r else r["provider"]: r for r in _read("cost_count") if r["case"] == "resnet18"
+    }
+    timed = [
+        r for r in _read("cost_time") if r["subject"] == "resnet18" and r["layout"] == "NCHW" and "skipped" not in r
+    ]
+    if "stock" not in found or not timed:
+        return EMPTY
+    stock = found["stock"]
+    ways = {"forward": ("forward", False), "compiled": ("forward", True), "training": ("training", False)}
+    rows = []
+    for variant in (name for name in VARIANTS if name in found):
+        cells = [
+            f"{found[variant][key] / stock[key]:.2f}" for key in ("num_parameters", "flops_per_image", "saved_bytes")
+        ]
+        for mode, is_compiled in ways.values():
+            same = [r for r in timed if (r["variant"], r["mode"], r["is_compiled"]) == (variant, mode, is_compiled)]
+            cells.append(_ratio(same[0] if same else None))
+        rows.append([variant, *cells])
+    header = ["ResNet-18, times stock", "parameters", "FLOPs", "memory of training", *ways]
+    return _with_lines(table(header, rows), timed[:1])
+
+
 def cost_time() -> str:
     """A row per network, layout, pass and way of running it; the ratios are to stock run in the same way."""
     return _timed("cost_time", _time_label, ["network", "batch", "pass", "run", "layout"], _time_order)

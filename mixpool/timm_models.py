@@ -81,14 +81,15 @@ class MixPoolModel:
         select: as for `mixpool.convert`, which channels of stock weights take the modulus. Without weights, "auto" is
             the bank's channels (see `init`); anything else decides instead of it ("none": the real-valued twin).
         blur: as for `mixpool.convert`.
-        max_blur: as for `mixpool.convert`; default 3 with `aa_layer`, as a model antialiased throughout has it, else 1.
+        max_blur: as for `mixpool.convert`; default 3 beside a bank on the modulus (see `init`) and with `aa_layer`, as
+            a model antialiased throughout has it, else 1.
         imag: "tied" or "free", as for `mixpool.convert`; default the checkpoint's, and "tied" without one.
         backend: as for `mixpool.convert`.
         init: what the stem starts from where no weights are loaded: "wavelet" or "gabor" for the bank of
             `mixpool.initialize`, or "none" for the stock model's random filters. All filters are trainable. The
             default is "wavelet" because Leterme et al. (arXiv 2212.00394) trained models with these packets, there
             fixed, from scratch and found them more accurate than the stock ones.
-        num_bank: channels that the bank fills; default 24 of 64 (AlexNet: 32 of 64; for gray images the others have 16
+        num_bank: channels that the bank fills; default 48 of 64 (AlexNet: 32 of 64; for gray images the others have 16
             wavelet packets).
         aa_layer: antialiases the strided layers behind the stem: a class such as `timm.layers.BlurPool2d`, or timm's
             name "blur", "blurpc" or "avg". The stem keeps its mixed pooling. (A class of your own has no name that
@@ -134,9 +135,12 @@ class MixPoolModel:
                 module.momentum = module.momentum if bn_momentum is None else bn_momentum
                 module.eps = module.eps if bn_eps is None else bn_eps
         self._select, self._imag = select, imag
-        if max_blur is None:
-            max_blur = 1 if aa_layer is None else 3
-        self._stem_options = {"blur": blur, "max_blur": max_blur, "backend": backend}
+        usual_blur = 1 if aa_layer is None else 3
+        self._stem_options = {
+            "blur": blur,
+            "max_blur": usual_blur if max_blur is None else max_blur,
+            "backend": backend,
+        }
         self.report: ConversionReport | None = None
         if expects_weights:
             self._convert("none")
@@ -144,16 +148,18 @@ class MixPoolModel:
             self._convert(select)
         elif _is_auto(select):
             bank = {"bank": init, "num_channels": _bank_size(self, init) if num_bank is None else num_bank}
-            self.report = initialize(self, **bank, imag="tied" if imag is None else imag, **self._stem_options)
+            options = self._stem_options | {"max_blur": max_blur}  # None: initialize's default
+            self.report = initialize(self, **bank, imag="tied" if imag is None else imag, **options)
         else:
             num_bank = _bank_size(self, init) if num_bank is None else num_bank
             initialize(self, init, num_channels=num_bank, pooling="max", **self._stem_options)
             revert(self)
             self._convert(select)
 
-    def _convert(self, select: Select, imag: str | None = None) -> None:
+    def _convert(self, select: Select, imag: str | None = None, **blurs: int) -> None:
         imag = self._imag if imag is None else imag
-        self.report = convert(self, select=select, imag="tied" if imag is None else imag, **self._stem_options)
+        options = self._stem_options | blurs
+        self.report = convert(self, select=select, imag="tied" if imag is None else imag, **options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; a converted model's state brings its plan, from a stock state channels are chosen by `select`.
@@ -166,7 +172,8 @@ class MixPoolModel:
             return super().load_state_dict(state_dict, strict, assign)
         is_stock = f"{name}.plan" not in state_dict
         becomes_free = self._imag is None and stem.imag == "tied" and f"{name}.weight_imag" in state_dict
-        present = {"select": [kind == "modulus" for kind in stem.kinds], "imag": stem.imag}
+        blurs = {"blur": stem.blur, "max_blur": stem.max_blur}
+        present = {"select": [kind == "modulus" for kind in stem.kinds], "imag": stem.imag, **blurs}
         if is_stock or becomes_free:
             revert(self)
         try:

@@ -1,8 +1,9 @@
 """Wavelet and Gabor first layers for training from scratch: the twin of Leterme et al. (arXiv 2212.00394, "paper 2").
 
 In the twin, half of the channels or fewer are complex wavelet packets of a colour mix and pool by their modulus; the
-others are trained freely and pool by their maximum. `initialize` does that to a model, `wavelet_stem` to the parts of a
-stem; the filters are those of `wavelet_bank`.
+others are trained freely and pool by their maximum. Here three quarters of a ResNet's are packets, and the maxima are
+blurred too. `initialize` does that to a model, `wavelet_stem` to the parts of a stem; the filters are those of
+`wavelet_bank`.
 
 Legend: J depth of the packets, k taps per side, C_in input channels.
 """
@@ -28,8 +29,9 @@ from mixpool.wavelet_bank import wavelet_bank
 
 # The packets are decimated by 2**J in all, so the convolution's stride is half of that and max pooling's is 2.
 DEPTH_OF_STRIDE = {2: 2, 4: 3}
-# Paper 2's twins: 24 of ResNet's 64 channels, 32 of AlexNet's.
-SHARE_OF_STRIDE = {2: 3 / 8, 4: 1 / 2}
+# At stride 2 what was best on CIFAR-10 (benchmarks/README.md; paper 2's twin of ResNet has 24 of 64), at stride 4 paper
+# 2's twin of AlexNet, 32 of 64.
+SHARE_OF_STRIDE = {2: 3 / 4, 4: 1 / 2}
 POOLINGS = ("modulus", "max")
 
 
@@ -46,7 +48,7 @@ def wavelet_stem(
     color_mix: Tensor | None = None,
     trainable: bool = True,
     blur: int = 3,
-    max_blur: int = 1,
+    max_blur: int = 3,
     imag: str = "tied",
     backend: str = "auto",
 ) -> MixPoolStem:
@@ -56,18 +58,18 @@ def wavelet_stem(
 
     Args:
         conv, norm, act, pool, blur, max_blur, imag, backend: as for MixPoolStem; the convolution has a square kernel.
-        num_wavelet: number of wavelet channels; default 3/8 of them at stride 2 and half of them at stride 4.
+        num_wavelet: number of wavelet channels; default 3/4 of them at stride 2 and half of them at stride 4.
         depth: levels J; default 2 at stride 2 and 3 at stride 4, so that 2**J is the total stride.
         kernel_size: as for `initialize`.
         wavelet, color_mix: as for `wavelet_bank`.
         trainable: as for `initialize`.
     Raises:
         ValueError: an argument is out of range or a part cannot be taken over; `conv` is then as it was.
-    Reference: Leterme et al., arXiv 2212.00394; blur=1 is its CMod.
+    Reference: Leterme et al., arXiv 2212.00394; its CMod is blur=1, max_blur=1, with num_wavelet=24 in a ResNet.
     Example:
         >>> stem = wavelet_stem(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU())
         >>> stem.num_modulus, tuple(stem(torch.randn(2, 3, 224, 224)).shape)
-        (24, (2, 64, 56, 56))
+        (48, (2, 64, 56, 56))
     """
     _check_imag(trainable, imag)
     check_parts(conv, norm, nn.ReLU() if act is None else act, nn.MaxPool2d(3, 2, 1) if pool is None else pool)
@@ -95,7 +97,7 @@ def initialize(
     trainable: bool = True,
     pooling: str = "modulus",
     blur: int = 3,
-    max_blur: int = 1,
+    max_blur: int | None = None,
     imag: str = "tied",
     stem: str | None = None,
     backend: str = "auto",
@@ -115,7 +117,7 @@ def initialize(
         model: a timm, torchvision or own model with a stem as `convert` knows them, stride 2 or 4.
         bank: "wavelet" (`wavelet_bank`, depth 2 at stride 2 and 3 at stride 4), "gabor" (`gabor_bank`: the waves that
             are fast at this stride, one phase each), or filters of your own, (num_channels, C_in, k, k).
-        num_channels: channels that the bank fills; default paper 2's, 3/8 of them at stride 2 and half at stride 4.
+        num_channels: channels that the bank fills; default 3/4 of them at stride 2 and half at stride 4.
         kernel_size: taps of the convolution, default its own; more taps hold more of a packet (9 at depth 2 and 17 at
             depth 3 keep over 95 % of its energy, the stock 7 and 11 keep 93 % and 80 %) and cost in proportion to
             their square. The output size stays: the padding grows too, and the other filters are continued by zeros.
@@ -126,7 +128,9 @@ def initialize(
             `torch.nn.utils.parametrize.remove_parametrizations(stem, "weight")`; until then torch refuses to pickle
             the stem, and stock checkpoints do not load (its own state dict does).
         pooling: "max" leaves the bank's channels on max pooling too: the real-valued twin, as a control.
-        blur, max_blur, imag, stem, backend: as for `convert`; blur=1 is paper 2's CMod.
+        max_blur: as for `convert`, but the default is 3 with pooling="modulus": there are no trained layers behind the
+            stem that expect anything else.
+        blur, imag, stem, backend: as for `convert`. Paper 2's CMod is blur=1, max_blur=1.
     Returns:
         ConversionReport.
     Raises:
@@ -144,6 +148,8 @@ def initialize(
         raise ValueError(f"expected a pooling of {POOLINGS}, got {pooling!r}")
     if not isinstance(model, nn.Module):
         raise StemError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if max_blur is None:
+        max_blur = 3 if pooling == "modulus" else 1
     stems = converted_stems(model)
     if stems and (stem is None or stem in stems):
         raise StemError(f"expected an unconverted model, found a MixPoolStem at {', '.join(map(repr, stems))}")

@@ -35,10 +35,12 @@ def stem_of(model: torch.nn.Module) -> MixPoolStem:
     [
         ("blurpool", 0, 3, 3),
         ("cmod", 24, 1, 1),
-        ("mixpool_max_blur", 24, 3, 3),
-        ("wavelet_48_aa", 48, 3, 1),
+        ("mixpool", 48, 3, 3),
+        ("no_max_blur_aa", 48, 3, 1),
         ("stock_aa", 0, 3, 1),
-        ("random_24", 24, 3, 1),
+        ("random", 48, 3, 3),
+        ("blur_1", 48, 1, 3),
+        ("wavelet_blurpool", 0, 3, 3),
     ],
 )
 def test_a_variant_is_what_its_name_says(variant, num_modulus, blur, max_blur):
@@ -58,7 +60,13 @@ def test_the_stock_network_is_timms():
 def test_all_rows_have_networks_and_names_of_their_own():
     queue = [row for table in TABLES for row in rows(table, [0, 1])]
     assert len({row.name for row in queue}) == len(queue) == len({json.dumps(row.definition()) for row in queue})
-    assert [row.seed for row in rows("alexnet", [3, 5])] == [3] * 5 + [5] * 5
+    assert [row.seed for row in rows("main", [3, 5])] == [3] * 4 + [5] * 4
+
+
+@pytest.mark.parametrize(("recipe", "name"), [("half", "mixpool_resnet18"), ("alexnet", "mixpool_small_alexnet")])
+def test_the_default_is_spelt_out(recipe, name):
+    spelt, plain = built("mixpool", recipe), timm.create_model(name, num_classes=10)
+    assert torch.equal(stem_of(spelt).plan[:, 0], stem_of(plain).plan[:, 0])  # kinds and blurs
 
 
 def test_a_gate_at_its_end_is_one_of_the_poolings():

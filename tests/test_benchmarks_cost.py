@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from benchmarks import cost, cost_count, cost_models, cost_time, tables_cost, timing
-from benchmarks.cost_models import BLUR_STEM, NETWORKS, STEMS, SUBJECTS, TIMM_AA, build, random_images, variants_of
+from benchmarks.cost_models import (
+    BLUR_STEM,
+    CMOD,
+    NETWORKS,
+    STEMS,
+    SUBJECTS,
+    TIMM_AA,
+    build,
+    random_images,
+    variants_of,
+)
 from benchmarks.cost_time import Case, growth_cases, run_cases, time_cases
 from benchmarks.store import NOT_RUN, Store
 from benchmarks.timing import Budget
@@ -34,18 +44,18 @@ def mixed_stem(model: nn.Module) -> MixPoolStem | None:
     return next((module for module in model.modules() if isinstance(module, MixPoolStem)), None)
 
 
-@pytest.mark.parametrize("subject, num_modulus", [("resnet stem", 24), ("alexnet stem", 32)])
-def test_every_stem_has_the_pooling_of_its_name(subject, num_modulus):
+@pytest.mark.parametrize("subject, num_modulus, num_cmod", [("resnet stem", 48, 24), ("alexnet stem", 32, 32)])
+def test_every_stem_has_the_pooling_of_its_name(subject, num_modulus, num_cmod):
     shapes = set()
     for variant in variants_of(subject):
         stem = build(subject, variant).eval()
         mixed = mixed_stem(stem)
         expected = {
-            BLUR_STEM: (0, 3),
-            "mixpool": (num_modulus, 1),
-            "mixpool max_blur=3": (num_modulus, 3),
+            BLUR_STEM: (0, 3, 3),
+            CMOD: (num_cmod, 1, 1),
+            "mixpool": (num_modulus, 3, 3),
         }.get(variant)
-        assert (None if mixed is None else (mixed.num_modulus, mixed.max_blur)) == expected
+        assert (None if mixed is None else (mixed.num_modulus, mixed.blur, mixed.max_blur)) == expected
         assert mixed is None or mixed.backend == "reference"
         shapes.add(tuple(stem(random_images(2, 64)).shape))
     assert shapes == {(2, 64, 16, 16)} if subject == "resnet stem" else shapes == {(2, 64, 7, 7)}
@@ -97,8 +107,8 @@ def test_flops_of_the_stems():
     conv, blur = 2 * 147 * 16**2, 2 * 9 * 8**2  # of one channel
     assert of("stock") == (64 * conv, 0)
     assert of(BLUR_STEM) == of(TIMM_AA) == (64 * (conv + blur), 0)
-    assert of("mixpool")[0] == 64 * conv + 24 * (conv + blur), "24 channels convolve twice and blur"
-    assert of("mixpool max_blur=3")[0] == 64 * (conv + blur) + 24 * conv
+    assert of(CMOD)[0] == 40 * conv + 24 * 2 * conv / 4, "24 channels convolve twice, at a quarter of the positions"
+    assert of("mixpool")[0] == 64 * (conv + blur) + 48 * conv, "48 channels convolve twice, and all blur"
     assert 0 < of("mixpool")[1] < 1e6, "the imaginary filters"
 
 
@@ -231,7 +241,7 @@ def test_a_variant_that_fails_leaves_its_reason(tmp_path, monkeypatch):
         stem = mixed_stem(module)
         if stem is None:
             return module
-        if stem.max_blur == 3:
+        if stem.num_modulus == 0:
             raise RuntimeError("no C++ compiler\nfound")
         return lambda x: module(x) + 0.01
 
@@ -314,7 +324,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_tables_without_records(folder):
-    for make in (tables_cost.cost_count, tables_cost.cost_time, tables_cost.cost_growth):
+    for make in (tables_cost.cost_count, tables_cost.cost_time, tables_cost.cost_growth, tables_cost.cost_short):
         assert make() == tables_cost.EMPTY
 
 
@@ -326,8 +336,8 @@ def test_the_table_of_counts(folder):
     records.write(folder / "cost.jsonl", found)
     text = tables_cost.cost_count()
     header, *rows = cells(text)
-    assert header[:3] == ["network", "per image", "stock"] and header[5] == "mixpool"
-    assert [(row[1], row[2], row[3], row[5]) for row in rows] == [
+    assert header[:3] == ["network", "per image", "stock"] and header[6] == "mixpool"
+    assert [(row[1], row[2], row[3], row[6]) for row in rows] == [
         ("parameters, M", "2.000", "-", "1.000"),
         ("GFLOP, 224 x 224", "3.000", "-", "1.500"),
         ("saved, MiB", "2.0", "-", "1.50"),
@@ -395,3 +405,18 @@ def test_the_table_of_growth(folder):
 def test_subjects_are_networks_and_their_stems():
     assert set(SUBJECTS) == {*NETWORKS, *STEMS} and {name for name, _ in STEMS.values()} <= set(NETWORKS)
     assert set(cost_time.COMPILE_SECONDS) == {"stem", *NETWORKS} and set(cost_time.FEW) <= set(cost_models.VARIANTS)
+
+
+def test_the_short_table_is_of_the_whole_network(folder):
+    counts = [
+        cost_count._blank("resnet18", name, 8, 224, num_parameters=100, flops_per_image=flops, saved_bytes=7)
+        for name, flops in (("stock", 200), ("mixpool", 250))
+    ]
+    cases = [Case("cost_time", "resnet18", "forward"), Case("cost_time", "resnet18", "forward", True)]
+    records.write(folder / "cost.jsonl", counts)
+    assert tables_cost.cost_short() == tables_cost.EMPTY
+    records.write(folder / "cost.jsonl", counts + [r for case in cases for r in timed_records(case)])
+    header, stock, mixpool = cells(tables_cost.cost_short())
+    assert (stock[0], mixpool[0]) == ("stock", "mixpool") and mixpool[1:4] == ["1.00", "1.25", "1.00"]
+    found = dict(zip(header, mixpool, strict=True))
+    assert found["forward"] == found["compiled"] == "1.25 (1.20 to 1.30)" and found["training"] == "-"

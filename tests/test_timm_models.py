@@ -179,7 +179,7 @@ def test_every_model_forward_and_backward(name: str, x):
     assert cfg["architecture"] == name and isinstance(model, MixPoolModel)
     stem = model.get_submodule(cfg["first_conv"])
     assert isinstance(stem, mixpool.MixPoolStem)
-    assert stem.num_modulus == (32 if "alexnet" in name else 24) and stem.weight.requires_grad
+    assert stem.num_modulus == (32 if "alexnet" in name else 48) and stem.weight.requires_grad
     state = model.state_dict()
     assert f"{cfg['first_conv']}.weight" in state and f"{cfg['classifier']}.weight" in state
     assert state[f"{cfg['classifier']}.weight"].shape[0] == model.num_classes == 7
@@ -323,7 +323,7 @@ def test_the_stem_starts_from_a_bank(bank: str, in_chans: int):
     model = timm.create_model("mixpool_resnet18", in_chans=in_chans, init=bank)
     torch.manual_seed(3)
     expected = timm.create_model("resnet18", in_chans=in_chans)
-    wavelets_of_gray = 16 if (bank, in_chans) == ("wavelet", 1) else 24
+    wavelets_of_gray = 16 if (bank, in_chans) == ("wavelet", 1) else 48
     mixpool.initialize(expected, bank, num_channels=wavelets_of_gray)
     for (key, value), (other, wanted) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
         assert key == other and torch.equal(value, wanted), key
@@ -333,11 +333,12 @@ def test_the_stem_starts_from_a_bank(bank: str, in_chans: int):
 
 def test_the_bank_can_have_any_number_of_channels():
     torch.manual_seed(3)
-    model = timm.create_model("mixpool_resnet18", num_bank=48)
-    assert model.report.num_modulus == model.conv1.num_modulus == 48
+    model = timm.create_model("mixpool_resnet18", num_bank=24)
+    assert model.report.num_modulus == model.conv1.num_modulus == 24
     torch.manual_seed(3)
-    twin = timm.create_model("mixpool_resnet18", num_bank=48, select="none")
+    twin = timm.create_model("mixpool_resnet18", num_bank=24, select="none")
     assert twin.conv1.num_modulus == 0 and torch.equal(twin.conv1.weight, model.conv1.weight)
+    assert twin.conv1.max_blur == 1, "the twin has the stock pooling"
     with pytest.raises(ValueError, match="no num_bank without a bank"):
         timm.create_model("mixpool_resnet18", num_bank=48, init="none")
 
@@ -348,7 +349,7 @@ def test_the_default_is_the_wavelet_bank():
     torch.manual_seed(3)
     named = timm.create_model("mixpool_resnet18", init="wavelet")
     assert torch.equal(model.conv1.weight, named.conv1.weight)
-    assert (model.conv1.imag, model.conv1.blur, model.conv1.max_blur) == ("tied", 3, 1)
+    assert (model.conv1.imag, model.conv1.blur, model.conv1.max_blur) == ("tied", 3, 3)
 
 
 def test_without_a_bank(stock):
@@ -745,7 +746,7 @@ def test_aa_layer_leaves_the_stem_to_max_blur(stock, x):
     expected.load_state_dict(stock.state_dict())
     assert torch.equal(outputs(model, x), outputs(expected, x))
     averaged = timm.create_model("mixpool_resnet18", num_classes=10, aa_layer="avg")
-    assert averaged.conv1.num_modulus == 24 and isinstance(averaged.layer2[0].aa, nn.AvgPool2d)
+    assert averaged.conv1.num_modulus == 48 and isinstance(averaged.layer2[0].aa, nn.AvgPool2d)
 
 
 def test_aa_layer_of_the_other_models(x):

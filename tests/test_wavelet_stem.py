@@ -22,7 +22,7 @@ import mixpool
 from mixpool import MixPoolStem, StemError, analytic_partner, analyze
 from mixpool.dtcwpt import dtcwpt_filters
 from mixpool.filters import frequency_grid, half_plane_side, natural_image_prior, orientation, wrong_side_energy
-from mixpool.gabor import gabor_bank
+from mixpool.gabor import COLOR_SHARE, gabor_bank
 from mixpool.wavelet_bank import half_plane_share, packet_kernels, wavelet_bank
 from mixpool.wavelet_stem import initialize, wavelet_stem
 
@@ -233,7 +233,7 @@ def test_color_mix_is_taken_as_given():
 # --- the stem ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels, taps, stride, expected", [(64, 7, 2, 24), (64, 11, 4, 32), (96, 7, 2, 36)])
+@pytest.mark.parametrize("channels, taps, stride, expected", [(64, 7, 2, 48), (64, 11, 4, 32), (96, 7, 2, 72)])
 def test_default_numbers_depths_scale_and_free_channels(channels, taps, stride, expected):
     conv, *others = parts(channels, taps, stride)
     before = conv.weight.detach().clone()
@@ -274,7 +274,7 @@ def test_the_modulus_moves_a_third_as_much_as_the_maximum(taps, stride, trainabl
 @pytest.mark.parametrize("taps, stride, more", [(7, 2, 11), (11, 4, 17), (6, 2, 8)])
 def test_more_taps_keep_the_size_and_the_free_channels(taps, stride, more, trainable):
     conv, norm, act, pool = parts(64, taps, stride)
-    control = MixPoolStem(copy.deepcopy(conv), copy.deepcopy(norm), act, pool, select="none").eval()
+    control = MixPoolStem(copy.deepcopy(conv), copy.deepcopy(norm), act, pool, select="none", max_blur=3).eval()
     stem = wavelet_stem(conv, norm, act, pool, kernel_size=more, trainable=trainable).eval()
     assert stem.kernel_size == (more, more) == conv.kernel_size and conv.weight.shape[-1] == more
     free = 64 - stem.num_modulus
@@ -325,11 +325,11 @@ def test_fixed_packets_stay_whatever_the_optimizer_and_everything_else_moves(opt
     kernels = packet_kernels(7, 2).kernels.float().flatten(1)
     train(stem, optimizer)
     after = stem.weight.detach()
-    free = (after - before)[:40].abs().amax(dim=(1, 2, 3))
+    free = (after - before)[:16].abs().amax(dim=(1, 2, 3))
     assert (free > 1e-4).all()
     chosen = []
     for weight in (before, after):
-        _, size, right = torch.linalg.svd(weight[40:].double().flatten(2))
+        _, size, right = torch.linalg.svd(weight[16:].double().flatten(2))
         assert (size[:, 1] < 1e-6 * size[:, 0]).all()  # still a colour times one kernel
         similarity = (right[:, 0] @ kernels.T.double()).abs()
         assert (similarity.amax(dim=1) > 1 - 1e-6).all()  # which is a packet
@@ -348,7 +348,7 @@ def test_trainable_packets_move_all():
     before = stem.weight.detach().clone()
     train(stem)
     assert ((stem.weight - before).abs().amax(dim=(1, 2, 3)) > 1e-4).all()
-    size = torch.linalg.svdvals(stem.weight.detach()[40:].flatten(2))
+    size = torch.linalg.svdvals(stem.weight.detach()[16:].flatten(2))
     assert (size[:, 1] > 1e-3 * size[:, 0]).all()
 
 
@@ -357,7 +357,7 @@ def test_trainable_stem_is_the_mixpool_stem_of_its_weights(imag):
     conv, *others = parts()
     stem = wavelet_stem(conv, *others, imag=imag, blur=1)
     plain = copy.deepcopy(conv), *copy.deepcopy(others)
-    same = MixPoolStem(*plain, select=[False] * 40 + [True] * 24, imag=imag, blur=1)
+    same = MixPoolStem(*plain, select=[False] * 16 + [True] * 48, imag=imag, blur=1, max_blur=3)
     x = torch.randn(2, 3, 40, 40)
     assert_same_bits("out", stem(x), same(x))
     assert stem.state_dict().keys() == same.state_dict().keys()
@@ -375,11 +375,11 @@ def test_gradient_of_the_colour_mix_is_the_chain_rule():
     expected.backward(upstream)
     originals = fixed.parametrizations.weight
     tolerance = (1e-3, 1e-3)  # because of sums over many positions in float32
-    assert_close("free channels", originals.original0.grad, free.weight.grad[:40], tolerance)
+    assert_close("free channels", originals.original0.grad, free.weight.grad[:16], tolerance)
     kernels = originals[0].kernels
-    expected = torch.einsum("ciyx,cyx->ci", free.weight.grad[40:], kernels)
+    expected = torch.einsum("ciyx,cyx->ci", free.weight.grad[16:], kernels)
     assert_close("colour mix", originals.original1.grad, expected, tolerance)
-    assert originals.original1.shape == (24, 3)
+    assert originals.original1.shape == (48, 3)
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
@@ -431,8 +431,8 @@ def test_data_parallel_training_of_a_fixed_stem(tmp_path):
 # --- models -----------------------------------------------------------------------------------------------------------
 
 MODELS = {
-    "timm resnet18": (lambda: timm.create_model("resnet18", num_classes=5), "conv1", 24, 64),
-    "torchvision resnet18": (lambda: torchvision.models.resnet18(num_classes=5), "conv1", 24, 64),
+    "timm resnet18": (lambda: timm.create_model("resnet18", num_classes=5), "conv1", 48, 64),
+    "torchvision resnet18": (lambda: torchvision.models.resnet18(num_classes=5), "conv1", 48, 64),
     "torchvision alexnet": (lambda: torchvision.models.alexnet(num_classes=5), "features.0", 32, 67),
 }
 
@@ -474,22 +474,22 @@ def test_a_model_without_modulus_is_the_real_twin():
         stock[0].weight.copy_(stem.weight)
     x = torch.randn(1, 3, 64, 64)
     assert_close("out", stem.eval()(x), stock(x))
-    assert torch.linalg.matrix_rank(stem.weight.detach()[-24:].flatten(2), rtol=1e-5).max() == 1
+    assert torch.linalg.matrix_rank(stem.weight.detach()[-48:].flatten(2), rtol=1e-5).max() == 1
 
 
 def test_gabor_filters_for_the_modulus_are_fast_and_of_one_phase_each():
     model = timm.create_model("resnet18")
     report = initialize(model, "gabor")
-    assert report.stats.frequency[-24:].min() > 1.0 and report.num_modulus == 24
-    weight = model.conv1.weight.detach()[-24:]
+    assert report.stats.frequency[-48:].min() > 1.0 and report.num_modulus == 48
+    weight = model.conv1.weight.detach()[-48:]
     partner = model.conv1.imaginary_weight().detach()
     similarity = torch.einsum(
         "ck,dk->cd", torch.complex(weight, partner).flatten(1), torch.complex(weight, -partner).flatten(1)
     ).abs()
     norm = similarity.diagonal().sqrt()
-    assert (similarity / norm[:, None] / norm - torch.eye(24)).max() < 0.98  # as complex filters, whatever the phase
+    assert (similarity / norm[:, None] / norm - torch.eye(48)).max() < 0.98  # as complex filters, whatever the phase
     is_gray = (weight - weight.mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-6
-    assert is_gray.sum() == 20
+    assert is_gray.sum() == 48 - round(48 * COLOR_SHARE)
 
 
 def test_own_filters_and_the_same_parameter():
