@@ -136,7 +136,7 @@ DESIGNS = (
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "main": ("half", MAIN),
     "later": ("half", tuple(f"{name}_aa" for name in MAIN)),
-    "bound": ("half", ("dense", "dense_aa", "wide_blur")),
+    "bound": ("half", ("dense", "wide_blur", "dense_aa")),
     "designs": ("half", DESIGNS),
     "full": ("full", MAIN),
     "alexnet": ("alexnet", (*MAIN, "wavelet_32_no_max_blur", "wavelet_48")),
