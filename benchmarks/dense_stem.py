@@ -48,10 +48,10 @@ def dense_resnet18(pretrained: bool = False, **options) -> nn.Module:
 
 
 @register_model
-def wide_blur_resnet18(pretrained: bool = False, num_bank: int = 48, imag: str = "tied", **options) -> nn.Module:
+def wide_blur_resnet18(pretrained: bool = False, **options) -> nn.Module:
     model = _stock(pretrained, **options)
     model.maxpool = nn.MaxPool2d(3, 1, 1)
-    initialize(model, num_channels=num_bank, imag=imag, max_blur=3)
+    initialize(model)
     model.maxpool = BlurPool2d(model.conv1.out_channels)
     return model
 
