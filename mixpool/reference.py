@@ -170,11 +170,14 @@ def binomial_decimate(out: Tensor, pool: PoolGeometry) -> Tensor:
     Reference: Zhang, Making Convolutional Networks Shift-Invariant Again, 2019, arXiv 1904.11486, section 3.2.
     """
     height, width = out.shape[-2:]
+    dtype = out.dtype
+    if out.device.type == "cpu":  # where the half types' backward pass is ten times slower
+        out = _widened(out)
     kernel = binomial_kernel((3, 3), out).expand(out.shape[1], 1, 3, 3)
     with without_autocast(out):  # it would make the border float32 and the sums bfloat16
         out = F.pad(out, (0, 0, 1, 1), mode="reflect" if height > 1 else "replicate")
         out = F.pad(out, (1, 1, 0, 0), mode="reflect" if width > 1 else "replicate")
-        return F.conv2d(out, kernel, stride=pool.stride, groups=out.shape[1])
+        return F.conv2d(out, kernel, stride=pool.stride, groups=out.shape[1]).to(dtype)
 
 
 # --- the modulus branch -----------------------------------------------------------------------------------------------
