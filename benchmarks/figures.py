@@ -9,16 +9,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.cifar10_plot import plot_cifar10
 from benchmarks.sample import RECORDS
 from mixpool import records
-from mixpool.theory_plots import write_figures
+from mixpool.plots import save_figure
+from mixpool.theory_plots import DPI, write_figures
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
 def draw(folder: Path = DOCS) -> list[Path]:
     """Write all figures into a folder; returns their paths."""
-    return [path for record in records.read(RECORDS / "theory.jsonl") for path in write_figures(record, folder)]
+    paths = [path for record in records.read(RECORDS / "theory.jsonl") for path in write_figures(record, folder)]
+    cifar10 = plot_cifar10(list(records.read(RECORDS / "cifar10.jsonl")))
+    return [*paths, save_figure(cifar10, folder / "cifar10.png", dpi=DPI)]
 
 
 def main() -> None:
