@@ -128,8 +128,8 @@ class Row(NamedTuple):
 
 MAIN = ("stock", "blurpool", "cmod", "mixpool")
 DESIGNS = (
-    *("wide_blur", "wavelet_24_no_max_blur", "gabor_free", "no_max_blur", "blur_1", "free", "gabor", "random"),
-    *("wavelet_24", "wavelet_32", "wavelet_16", "wavelet_8", "gated", "wavelet_blurpool", "wavelet_64", "random_free"),
+    *("no_max_blur", "wavelet_64", "wide_blur", "wavelet_24_no_max_blur", "gabor_free", "blur_1", "free", "gabor"),
+    *("random", "wavelet_24", "wavelet_32", "wavelet_16", "wavelet_8", "gated", "wavelet_blurpool", "random_free"),
 )
 # Name -> recipe and networks; the seed of batch_128 is 42.
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
