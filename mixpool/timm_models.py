@@ -7,6 +7,7 @@ stock model's arguments every one of them takes those of `MixPoolModel`.
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 import warnings
@@ -31,13 +32,11 @@ from timm.models import (
 from torch import Tensor, nn
 
 from mixpool.alexnet import TAPS, AlexNet
-from mixpool.checkpoint import converted_stems
+from mixpool.checkpoint import converted_stems, stock_state_dict
 from mixpool.convert import convert, revert
-from mixpool.find import find_stem
 from mixpool.report import ConversionReport
 from mixpool.selection import Select
-from mixpool.wavelet_bank import packet_kernels
-from mixpool.wavelet_stem import DEPTH_OF_STRIDE, SHARE_OF_STRIDE, initialize
+from mixpool.wavelet_stem import initialize
 
 __all__ = ["MixPoolAlexNet", "MixPoolDenseNet", "MixPoolModel", "MixPoolResNet"]  # register_model adds the others
 
@@ -147,14 +146,16 @@ class MixPoolModel:
         elif init == "none":
             self._convert(select)
         elif _is_auto(select):
-            bank = {"bank": init, "num_channels": _bank_size(self, init) if num_bank is None else num_bank}
             options = self._stem_options | {"max_blur": max_blur}  # None: initialize's default
-            self.report = initialize(self, **bank, imag="tied" if imag is None else imag, **options)
+            imag = "tied" if imag is None else imag
+            self.report = initialize(self, init, num_channels=num_bank, imag=imag, **options)
         else:
-            num_bank = _bank_size(self, init) if num_bank is None else num_bank
             initialize(self, init, num_channels=num_bank, pooling="max", **self._stem_options)
             revert(self)
             self._convert(select)
+            if max_blur is None and usual_blur == 1 and self.report.num_modulus > 0:
+                revert(self)
+                self._convert(select, max_blur=3)
 
     def _convert(self, select: Select, imag: str | None = None, **blurs: int) -> None:
         imag = self._imag if imag is None else imag
@@ -175,6 +176,7 @@ class MixPoolModel:
         blurs = {"blur": stem.blur, "max_blur": stem.max_blur}
         present = {"select": [kind == "modulus" for kind in stem.kinds], "imag": stem.imag, **blurs}
         if is_stock or becomes_free:
+            self._try_on_a_copy(state_dict, strict, is_stock)
             revert(self)
         try:
             if becomes_free:
@@ -193,6 +195,18 @@ class MixPoolModel:
                 message = f"no channel takes the modulus: {'; '.join(self.report.notes)}"
                 warnings.warn(message, stacklevel=_levels_to_caller())
         return keys
+
+    def _try_on_a_copy(self, state_dict: Mapping[str, Any], strict: bool, is_stock: bool) -> None:
+        """Raise torch's error for a state that does not fit, while the model still is what it was."""
+        wanted = stock_state_dict(self) if is_stock else self.state_dict()
+        shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
+        if shapes == {key: value.shape for key, value in wanted.items()}:
+            return
+        twin = copy.deepcopy(self)
+        revert(twin)
+        if not is_stock:
+            twin._convert("none", imag="free")
+        super(MixPoolModel, twin).load_state_dict(state_dict, strict)
 
     @property
     def _model_args(self) -> dict[str, Any]:
@@ -234,16 +248,6 @@ class MixPoolAlexNet(MixPoolModel, AlexNet):
     """AlexNet with a mixpool stem; see MixPoolModel."""
 
     feature_options = {"flatten_sequential": True, "out_indices": tuple(range(len(TAPS)))}
-
-
-def _bank_size(model: nn.Module, init: str) -> int | None:
-    """Channels for the bank; None for `initialize`'s default, which a gray image has too few wavelet packets for."""
-    found = find_stem(model)
-    conv = found.modules[found.conv]
-    if init != "wavelet" or conv.in_channels > 1 or conv.stride[0] not in DEPTH_OF_STRIDE:
-        return None
-    packets = packet_kernels(conv.kernel_size[0], DEPTH_OF_STRIDE[conv.stride[0]])
-    return min(len(packets), round(conv.out_channels * SHARE_OF_STRIDE[conv.stride[0]]))
 
 
 def _levels_to_caller() -> int:

@@ -215,6 +215,11 @@ def wavelet_bank(
     return torch.einsum("ci,cyx->ciyx", color_mix, packets.kernels[rows]).float()
 
 
+def max_channels(in_channels: int, kernel_size: int, depth: int) -> int:
+    """How many filters `wavelet_bank` has without a color_mix: the packets times the colours."""
+    return len(packet_kernels(kernel_size, depth)) * (1 + len(_opponents(in_channels)))
+
+
 def _choose(orbit: Tensor, count: int) -> Tensor:
     """(count,) rows of packets: all as often as they fit, then whole orbits from the first on, then what is left."""
     rounds, left = divmod(count, len(orbit))
@@ -228,10 +233,7 @@ def _choose(orbit: Tensor, count: int) -> Tensor:
 
 def _colors(orbit: Tensor, num_packets: int, in_channels: int) -> Tensor:
     """(count, I) gray in the first round over the packets; then an opponent colour per orbit, another in each round."""
-    gray = torch.ones(in_channels, dtype=torch.float64)
-    others = torch.eye(in_channels, dtype=torch.float64)[: in_channels if in_channels > 1 else 0]
-    if in_channels == 3:
-        others = torch.tensor(OPPONENTS, dtype=torch.float64)
+    gray, others = torch.ones(in_channels, dtype=torch.float64), _opponents(in_channels)
     most = num_packets * (1 + len(others))
     if len(orbit) > most:
         raise ValueError(
@@ -242,3 +244,10 @@ def _colors(orbit: Tensor, num_packets: int, in_channels: int) -> Tensor:
     return torch.stack(
         [gray if i == 0 else others[(i - 1 + number) % len(others)] for i, number in zip(rounds, orbit, strict=True)]
     )
+
+
+def _opponents(in_channels: int) -> Tensor:
+    """(number of colours beside gray, I)."""
+    if in_channels == 3:
+        return torch.tensor(OPPONENTS, dtype=torch.float64)
+    return torch.eye(in_channels, dtype=torch.float64)[: in_channels if in_channels > 1 else 0]

@@ -25,12 +25,12 @@ from mixpool.gabor import COLOR_SHARE, FREQUENCIES, gabor_bank
 from mixpool.layers import MixPoolStem
 from mixpool.parts import check_parts
 from mixpool.report import ConversionReport
-from mixpool.wavelet_bank import wavelet_bank
+from mixpool.wavelet_bank import max_channels, wavelet_bank
 
 # The packets are decimated by 2**J in all, so the convolution's stride is half of that and max pooling's is 2.
 DEPTH_OF_STRIDE = {2: 2, 4: 3}
-# At stride 2 what was best on CIFAR-10 (benchmarks/README.md; paper 2's twin of ResNet has 24 of 64), at stride 4 paper
-# 2's twin of AlexNet, 32 of 64.
+# At stride 2 more than the 24 of 64 of paper 2's twin of ResNet, since they did better on CIFAR-10
+# (benchmarks/README.md); at stride 4 the 32 of 64 of its twin of AlexNet.
 SHARE_OF_STRIDE = {2: 3 / 4, 4: 1 / 2}
 POOLINGS = ("modulus", "max")
 
@@ -58,7 +58,8 @@ def wavelet_stem(
 
     Args:
         conv, norm, act, pool, blur, max_blur, imag, backend: as for MixPoolStem; the convolution has a square kernel.
-        num_wavelet: number of wavelet channels; default 3/4 of them at stride 2 and half of them at stride 4.
+        num_wavelet: number of wavelet channels; default 3/4 of them at stride 2 and half of them at stride 4, or all
+            that `wavelet_bank` has, if that is fewer.
         depth: levels J; default 2 at stride 2 and 3 at stride 4, so that 2**J is the total stride.
         kernel_size: as for `initialize`.
         wavelet, color_mix: as for `wavelet_bank`.
@@ -74,9 +75,12 @@ def wavelet_stem(
     _check_imag(trainable, imag)
     check_parts(conv, norm, nn.ReLU() if act is None else act, nn.MaxPool2d(3, 2, 1) if pool is None else pool)
     taps, stride = _square(conv)
+    is_given = num_wavelet is not None or color_mix is not None
     num_wavelet = _default_count(conv, stride) if num_wavelet is None else num_wavelet
     depth = _depth_of(stride) if depth is None else depth
     kernel_size = taps if kernel_size is None else kernel_size
+    if not is_given:
+        num_wavelet = min(num_wavelet, max_channels(conv.in_channels, kernel_size, depth))
     bank = wavelet_bank(num_wavelet, conv.in_channels, kernel_size, depth, wavelet=wavelet, color_mix=color_mix)
     kernels = None if trainable else _spatial_part(bank)
     with _filled(conv, bank):
@@ -105,8 +109,9 @@ def initialize(
     """Give an untrained model's stem a bank of oriented filters that pool by the modulus, in place, all or nothing.
 
     The last `num_channels` channels of the first convolution take the bank's filters and the modulus; the others keep
-    their own random weights and max pooling. Then the model is converted as by `convert`, whose notes hold here too
-    (build the optimizer, compile and wrap afterwards; `revert` takes the stem out again).
+    their own random weights and max pooling, behind which they are blurred as in BlurPool (max_blur=3). Then the model
+    is converted as by `convert`, whose notes hold here too (build the optimizer, compile and wrap afterwards; `revert`
+    takes the stem out again).
 
     Scale: every filter gets the root mean square norm of the convolution's own filters, so that weight decay, learning
     rates and the response to white noise stay those of the model's initialisation. Where no norm layer follows, photos
@@ -117,7 +122,8 @@ def initialize(
         model: a timm, torchvision or own model with a stem as `convert` knows them, stride 2 or 4.
         bank: "wavelet" (`wavelet_bank`, depth 2 at stride 2 and 3 at stride 4), "gabor" (`gabor_bank`: the waves that
             are fast at this stride, one phase each), or filters of your own, (num_channels, C_in, k, k).
-        num_channels: channels that the bank fills; default 3/4 of them at stride 2 and half at stride 4.
+        num_channels: channels that the bank fills; default 3/4 of them at stride 2 and half at stride 4, or all
+            wavelets that there are, if those are fewer (16 of gray images, 80 of colour images at stride 2).
         kernel_size: taps of the convolution, default its own; more taps hold more of a packet (9 at depth 2 and 17 at
             depth 3 keep over 95 % of its energy, the stock 7 and 11 keep 93 % and 80 %) and cost in proportion to
             their square. The output size stays: the padding grows too, and the other filters are continued by zeros.
@@ -159,9 +165,12 @@ def initialize(
     check_parts(conv, norm, found.act_module, found.modules[found.pool])
     if not isinstance(bank, Tensor):
         taps, stride = _square(conv)
-        num_channels = _default_count(conv, stride) if num_channels is None else num_channels
+        is_given = num_channels is not None
+        num_channels = num_channels if is_given else _default_count(conv, stride)
         kernel_size = taps if kernel_size is None else kernel_size
         if bank == "wavelet":
+            if not is_given:
+                num_channels = min(num_channels, max_channels(conv.in_channels, kernel_size, _depth_of(stride)))
             bank = wavelet_bank(num_channels, conv.in_channels, kernel_size, _depth_of(stride))
         elif bank == "gabor":
             bank = _gabor_modulus_bank(num_channels, conv.in_channels, kernel_size, stride)

@@ -191,7 +191,7 @@ def test_the_records_of_converted_models_say_so(stock, data, tmp_path):
     models = (f"{NAME}={stock}", f"{NAME}={tmp_path / 'mixed.safetensors'}", f"mixpool_{NAME}")
     run(parse(*models, "--data", data, "--output", tmp_path, *COMMON, "--limit", 1, "--protocols", "circular"))
     found = [(record["converted"], record["num_modulus"]) for record in records.read(tmp_path / "evaluation.jsonl")]
-    assert found == [(False, 0), (True, 64), (True, 24)]
+    assert found == [(False, 0), (True, 64), (True, 48)]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

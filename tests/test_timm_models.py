@@ -343,6 +343,35 @@ def test_the_bank_can_have_any_number_of_channels():
         timm.create_model("mixpool_resnet18", num_bank=48, init="none")
 
 
+@pytest.mark.parametrize("imag", ["tied", "free"])
+def test_a_stock_state_that_does_not_fit_changes_nothing(imag, x):
+    model = timm.create_model("mixpool_resnet18", num_classes=10, imag=imag).eval()
+    with torch.no_grad():
+        model.conv1.weight.add_(0.1 * torch.randn_like(model.conv1.weight))
+        if imag == "free":
+            model.conv1.weight_imag.mul_(1.5)
+    before, state, report = outputs(model, x), copy.deepcopy(model.state_dict()), model.report
+    parameters = dict(model.named_parameters())
+    for wrong in ({"conv1.weight": torch.randn(64, 3, 5, 5)}, {"conv1.weight": torch.randn(64, 3, 7, 7)}):
+        with pytest.raises(RuntimeError, match="size mismatch|Missing key"):
+            model.load_state_dict(wrong)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert torch.equal(outputs(model, x), before) and model.report is report
+        assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_named_channels_are_pooled_as_the_banks_own():
+    named = timm.create_model("mixpool_resnet18", select=[False] * 16 + [True] * 48)
+    assert (named.conv1.num_modulus, named.conv1.max_blur) == (48, 3)
+    none = timm.create_model("mixpool_resnet18", select=[False] * 64)
+    assert (none.conv1.num_modulus, none.conv1.max_blur) == (0, 1)
+
+
+def test_a_wide_stem_takes_all_wavelets_that_there_are():
+    model = timm.create_model("dpn107")
+    assert mixpool.initialize(model).num_modulus == 80  # of 128
+
+
 def test_the_default_is_the_wavelet_bank():
     torch.manual_seed(3)
     model = timm.create_model("mixpool_resnet18")
