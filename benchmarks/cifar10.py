@@ -54,6 +54,9 @@ def run(row: Row, output: Path) -> dict[str, Any]:
     finished = output / row.name / TRAINING_RECORD
     if finished.exists():  # maybe by an earlier version of the code, which the record names
         (trained,) = records.read(finished)
+        told = {key: trained["settings"].get(key) for key in row.definition()}
+        if told != row.definition():
+            raise ValueError(f"expected a run of {row.definition()} in {finished.parent}, found one of {told}")
     else:
         trained = train(complete(place | {"device": "cpu", "workers": 1} | row.definition()))
     checkpoint = read_checkpoint(output / row.name / LAST)

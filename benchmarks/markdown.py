@@ -23,6 +23,19 @@ def machine_line(record: dict) -> str:
     )
 
 
+def origins(found: list[dict], command: str) -> str:
+    """The same of many records of one command: their machine, all their commits, and from when to when."""
+    first, *others = found
+    assert all(r["machine"]["torch"] == first["machine"]["torch"] for r in others), "a table of one version of torch"
+    commits = dict.fromkeys(r["code"]["commit"] + " (dirty)" * r["code"]["dirty"] for r in found)
+    days = sorted({record["time_utc"][:10] for record in found})
+    machine = first["machine"]
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}; "
+        f"commits {', '.join(commits)}; `{command}`, {days[0]}{f' to {days[-1]}' if len(days) > 1 else ''}."
+    )
+
+
 def read(name: str, folder: Path = RECORDS) -> list[dict]:
     """The records of a file; ValueError if some come from a dry run, whose numbers mean nothing."""
     found = list(records.read(folder / f"{name}.jsonl"))

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from statistics import mean
 
 from benchmarks.cifar10_variants import MAIN, TABLES
-from benchmarks.markdown import machine_line, read, table
+from benchmarks.markdown import origins, read, table
 from benchmarks.store import RECORDS
 
 NOT_RUN = "Not run yet."
+BRACKETS = "in brackets the lowest and the highest seed; where there is one, the 95 % interval over the images"
 DIRECTIONS = {"h": "horizontal", "v": "vertical", "d": "diagonal"}
 FLIPS = {f"{way}{shift}": ("flip_probability", DIRECTIONS[way], shift) for way, shift in ("h1", "v1", "d1", "h2", "h4")}
-# Of a network for the first table: its name in words, and what each quantity is called.
-NAMES = {"stock": "stock (max pooling)", "blurpool": "BlurPool", "cmod": "CMod (paper 2)", "mixpool": "mixpool"}
+# The networks of the first table, in words.
+NAMES = {
+    "stock": "stock: max pooling",
+    "blurpool": "BlurPool",
+    "cmod": "CMod of Leterme et al.",
+    "mixpool": "`mixpool_resnet18`: 48 wavelets on the modulus, 16 channels as BlurPool",
+}
 
 
 def cifar10() -> str:
@@ -54,16 +60,17 @@ def cifar10_short() -> str:
     runs = _runs("half", MAIN)
     if not runs:
         return NOT_RUN
-    rows = [[NAMES[name], *(_spread(found, path) for path in columns.values())] for name, found in runs.items()]
-    seeds = sorted({len(found) for found in runs.values()})
+    everything = [record for found in runs.values() for record in found]
+    rows = [
+        [NAMES[name], str(len(found)), *(_spread(found, path) for path in columns.values())]
+        for name, found in runs.items()
+    ]
     first = next(iter(runs.values()))[0]
-    counted = "1 seed" if seeds == [1] else f"{' to '.join(map(str, seeds))} seeds"
-    brackets = "the 95 % interval over images" if seeds == [1] else "the lowest and the highest seed"
     about = (
-        f"ResNet-18 with half the channels behind the stem, CIFAR-10 (JPEG), {first['epochs']} epochs, {counted}, "
-        f"{first['num_images']:,} test images; in brackets {brackets}."
+        f"ResNet-18 with half the channels behind the stem, CIFAR-10 (JPEG), {first['epochs']} epochs, "
+        f"{first['num_images']:,} test images; {BRACKETS}. {origins(everything, 'python -m benchmarks.cifar10')}"
     )
-    return f"{table(['stem', *columns], rows)}\n\n{about}"
+    return f"{table(['stem', 'seeds', *columns], rows)}\n\n{about}"
 
 
 def _table(name: str, before: Sequence[str] = ()) -> str:
@@ -79,10 +86,12 @@ def _table(name: str, before: Sequence[str] = ()) -> str:
         kl = f"{mean(r['kl']['horizontal']['1'] for r in found) * 100:.2f}"
         rows.append([variant, str(len(found)), *(_spread(found, path) for path in columns.values()), bound, kl])
     first = next(iter(runs.values()))[0]
+    everything = [record for found in runs.values() for record in found]
     about = f"{first['epochs']} epochs, {first['num_images']:,} test images (KL: {first['kl_images']:,})"
-    brackets = "in brackets the lowest and the highest seed; where there is one, the 95 % interval over the images"
     header = ["stem", "seeds", *columns, "h4 / 4", "KL h1, 0.01 nats"]
-    return f"{table(header, rows)}\n\n{about}; {brackets}. {machine_line(first)}"
+    return (
+        f"{table(header, rows)}\n\n{about}; {BRACKETS}. {origins(everything, f'python -m benchmarks.cifar10 {name}')}"
+    )
 
 
 def _runs(recipe: str, variants: Sequence[str]) -> dict[str, list[dict]]:

@@ -59,7 +59,7 @@ def cost_short() -> str:
             same = [r for r in timed if (r["variant"], r["mode"], r["is_compiled"]) == (variant, mode, is_compiled)]
             cells.append(_ratio(same[0] if same else None))
         rows.append([variant, *cells])
-    header = ["ResNet-18, times stock", "parameters", "FLOPs", "memory of training", *ways]
+    header = ["ResNet-18, times stock", "parameters", "FLOPs", "saved activations", *ways]
     return _with_lines(table(header, rows), timed[:1])
 
 

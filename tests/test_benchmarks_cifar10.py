@@ -138,6 +138,10 @@ def test_a_row_is_recorded_once(queue_folder, monkeypatch, capsys):
     assert record["flip"]["h1"] == record["summary"]["flip_probability"]["horizontal"]["1"]
     assert cifar10.has_record(row)
     assert not cifar10.has_record(row._replace(seed=8))
+    with monkeypatch.context() as patch:  # the folder of that name holds a run of something else
+        patch.setitem(RECIPES, "half", RECIPES["half"]._replace(options=RECIPES["half"].options | {"lr": 0.5}))
+        with pytest.raises(ValueError, match="expected a run of"):
+            cifar10.run(row, queue_folder)
     monkeypatch.setattr("sys.argv", ["cifar10", "batch_128", "--seeds", "7", "--output", str(queue_folder)])
     queued = []
     monkeypatch.setattr(cifar10, "run_each", lambda module, rows, *_: queued.extend(rows))
