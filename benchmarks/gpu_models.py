@@ -1,9 +1,10 @@
-"""Whole networks on a GPU: images per second of timm ResNets in training and inference, with four stems.
+"""Whole networks on a GPU: images per second of timm ResNets in training and inference, with five stems.
 
     stock               as timm builds it
     BlurPool            aa_layer=timm.layers.BlurPool2d: every strided layer antialiased, what timm users take today
     mixpool reference   Gabor filters, every other channel on the modulus, blur=3
     mixpool fused       the same, backend="fused"
+    scratch fused       mixpool_*'s default: 48 wavelets on the fused modulus, the others on the reference's BlurPool
 
 bfloat16 autocast, channels_last, random images and labels that lie on the GPU, SGD with momentum (fused).
 """
@@ -24,7 +25,7 @@ from benchmarks.store import NOT_RUN, Store
 from benchmarks.timing import Budget, DeviceLost
 from mixpool import records
 
-PROVIDERS = ("stock", "mixpool fused", "BlurPool", "mixpool reference")
+PROVIDERS = ("stock", "mixpool fused", "BlurPool", "mixpool reference", "scratch fused")
 ROUNDS, REPEATS = 6, 3
 SECONDS = {False: 6.0, True: 45.0}  # expected per provider: eager, compiled
 
@@ -116,7 +117,7 @@ def timed(
         samples = timing.interleave(calls, 1 if dry else ROUNDS, 1 if dry else REPEATS, device)
     except Exception as error:
         lost = isinstance(error, DeviceLost)
-        blamed = [name for name in calls if not lost or name == "mixpool fused"] or list(calls)
+        blamed = [name for name in calls if not lost or "fused" in name] or list(calls)
         reason = f"while timing: {timing.reason_of(error)}"
         store.add(*(case.record(name, dry=dry, skipped=reason) for name in blamed))
         if lost:
@@ -165,9 +166,13 @@ def model_of(name: str, provider: str, *, dry: bool = False) -> nn.Module:
     import timm
     from timm.layers import BlurPool2d
 
+    import mixpool.timm_models  # noqa: F401  registers mixpool_*
+
     options: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16), "num_classes": 10} if dry else {}
     if provider == "BlurPool":
         return timm.create_model(name, aa_layer=BlurPool2d, **options)
+    if provider == "scratch fused":
+        return timm.create_model(f"mixpool_{name}", backend="fused", **options)
     model = timm.create_model(name, **options)
     if provider == "stock":
         return model

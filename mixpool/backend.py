@@ -97,11 +97,6 @@ def why_reference(backend: str, call: Call) -> str | None:
     return reason
 
 
-def stem_geometry(x: Tensor, weight: Tensor, conv: ConvGeometry, pool: PoolGeometry) -> StemGeometry:
-    """The geometry of a stem that has no obstacle in it, on images of this size."""
-    return StemGeometry(weight.shape[2], conv.stride[0], conv.padding[0], pool.padding[0], pool.ceil_mode, *x.shape[1:])
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """dtype of the convolution's products and of the output: autocast's, or that of `x`."""
     device_type = x.device.type
@@ -186,8 +181,8 @@ def _geometry_obstacle(call: Call) -> str | None:
         return "it needs a convolution of stride 1, 2 or 4 without dilation"
     if pool.size != (3, 3) or pool.stride != (2, 2) or pool.padding not in ((0, 0), (1, 1)):
         return "it needs a pooling window of 3, stride 2 and padding 0 or 1"
-    if call.max_blur != 1 and num_max > 0:
-        return "it has no max_blur=3"
+    if call.max_blur != 1 and num_max > 0 and call.num_modulus == 0:
+        return "it has no max_blur=3, and no channel takes the modulus"
     if call.blur == 1 and call.num_modulus > 0 and not centers_are_inside(pool):
         return "with blur=1 it needs every window's centre on the map (no ceil_mode with padding 1)"
     return None
@@ -198,7 +193,7 @@ def _memory_obstacle(call: Call) -> str | None:
     count = x.shape[0]
     if count == 0:
         return "the batch is empty"
-    geometry = stem_geometry(x, weight, call.conv, call.pool)
+    geometry = StemGeometry.of(x, weight, call.conv, call.pool)
     if min(geometry.conv_size) < 1:
         return "the images are smaller than the kernel"
     if min(geometry.pooled_size) < 1:
@@ -238,7 +233,7 @@ def _case_of(call: Call) -> Case:
         size=None if torch.compiler.is_compiling() else (x.shape[2], x.shape[3]),
         in_channels=weight.shape[1],
         kernel_size=weight.shape[2],
-        num_max=weight.shape[0] - call.num_modulus,
+        num_max=0 if call.max_blur == 3 else weight.shape[0] - call.num_modulus,  # blurred ones are the reference's
         num_modulus=call.num_modulus,
         conv=call.conv,
         pool=call.pool,

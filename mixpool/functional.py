@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixpool.backend import Call, compute_dtype, needs_gradient, takes_fused
 from mixpool.filters import analytic_partner, pair
-from mixpool.fused import ops
+from mixpool.fused import halves, ops
 from mixpool.reference import (
     Channels,
     ConvGeometry,
@@ -108,7 +108,11 @@ def mixpool2d(
     else:
         imag = weight_imag.index_select(0, channels.modulus)
     needs_grad = needs_gradient(x, weight, imag, bias, scale, shift)
-    if takes_fused(backend, Call(x, weight, len(channels.modulus), conv, pool, blur, max_blur, needs_grad)):
+    operation, dtype = convolve_and_pool, {}
+    is_fused = takes_fused(backend, Call(x, weight, len(channels.modulus), conv, pool, blur, max_blur, needs_grad))
+    if is_fused and max_blur == 3 and len(channels.max) > 0:
+        operation, dtype = halves.convolve_and_pool, {"dtype": compute_dtype(x)}
+    elif is_fused:
         options = {"blur": blur, "dtype": compute_dtype(x)}
         scale, shift = _one_affine(scale, bias, shift, len(weight), x.device)
         relu = act in (F.relu, torch.relu)
@@ -119,7 +123,7 @@ def mixpool2d(
             options |= {"scale": scale, "shift": shift, "relu": relu}
             out, _ = ops.convolve_and_pool(x, weight, imag, channels, conv, pool, **options)
         return out if relu else act(out)
-    pooled = convolve_and_pool(x, weight, bias, imag, channels, conv, pool, blur=blur, max_blur=max_blur)
+    pooled = operation(x, weight, bias, imag, channels, conv, pool, blur=blur, max_blur=max_blur, **dtype)
 
     parts = []
     for part, index, offset in ((pooled.max, channels.max, None), (pooled.modulus, channels.modulus, bias)):

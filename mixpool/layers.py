@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from mixpool.backend import (
     check_backend,
     compute_dtype,
     needs_gradient,
-    stem_geometry,
     takes_fused,
     why_reference,
 )
 from mixpool.calibration import calibrate
 from mixpool.filters import analytic_partner_map, apply_partner_map
 from mixpool.functional import check_pooling, memory_format_of, split_channels
-from mixpool.fused import ops
+from mixpool.fused import halves, ops
+from mixpool.fused.geometry import StemGeometry
 from mixpool.normalization import (
     affine_of_pooled,
     normalize_pooled,
@@ -33,6 +33,7 @@ from mixpool.plan import KINDS, ChannelPlan
 from mixpool.reference import (
     Channels,
     ConvGeometry,
+    Pooled,
     activate_and_merge,
     convolve_and_pool,
     without_autocast,
@@ -200,9 +201,12 @@ class MixPoolStem(nn.Module):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         channels = Channels(self.max_index, self.modulus_index)
         call = self._call(x)
+        options = {}
         if takes_fused(self.backend, call):
-            return self._fused(x, channels, call.needs_grad)
-        parts = self.pool_and_normalize(x, channels, self.imaginary_weight())
+            if self.max_blur == 1 or len(channels.max) == 0:
+                return self._fused(x, channels, call.needs_grad)
+            options = {"operation": halves.convolve_and_pool, "dtype": compute_dtype(x)}
+        parts = self.pool_and_normalize(x, channels, self.imaginary_weight(), **options)
         return activate_and_merge(*parts, channels, self.act, self._pool, self.max_blur, memory_format_of(x))
 
     def _call(self, x: Tensor) -> Call:
@@ -226,7 +230,7 @@ class MixPoolStem(nn.Module):
         options = {"blur": self.blur, "dtype": compute_dtype(x)}
         if needs_grad or with_moments:
             pooled, moments = ops.convolve_and_pool(*tensors, with_moments=with_moments, **options)
-            geometry = stem_geometry(x, weight, self._conv, self._pool)
+            geometry = StemGeometry.of(x, weight, self._conv, self._pool)
             counts = tuple(len(x) * geometry.positions(kind) for kind in ("max", f"modulus{self.blur}"))
             scale, shift = affine_of_pooled(moments, counts, self.bn, self.bias, sign, channels)
             out = ops.affine_relu(pooled, scale, shift, relu)
@@ -250,11 +254,17 @@ class MixPoolStem(nn.Module):
         return sign, weight, bias, weight_imag
 
     def pool_and_normalize(
-        self, x: Tensor, channels: Channels, weight_imag: Tensor | None, max_blur: int | None = None
+        self,
+        x: Tensor,
+        channels: Channels,
+        weight_imag: Tensor | None,
+        max_blur: int | None = None,
+        operation: Callable[..., Pooled] = convolve_and_pool,
+        **options: Any,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The max part and the modulus part of some channels, by the reference, before the activation."""
         sign, weight, bias, weight_imag = self._with_sign(channels, weight_imag)
-        pooled = convolve_and_pool(
+        pooled = operation(
             x,
             weight,
             bias,
@@ -265,6 +275,7 @@ class MixPoolStem(nn.Module):
             blur=self.blur,
             max_blur=self.max_blur if max_blur is None else max_blur,
             with_moments=uses_batch_statistics(self.bn),
+            **options,
         )
         return normalize_pooled(pooled, self.bn, self.bias, sign, channels)
 

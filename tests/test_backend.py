@@ -138,7 +138,7 @@ OBSTACLES = {
     "window of 2": ({"pool": PoolGeometry((2, 2))}, "window of 3"),
     "pool stride 3": ({"pool": PoolGeometry(stride=(3, 3))}, "stride 2"),
     "two pool paddings": ({"pool": PoolGeometry(padding=(0, 1))}, "padding 0 or 1"),
-    "max_blur": ({"max_blur": 3}, "max_blur"),
+    "max_blur": ({"max_blur": 3, "num_modulus": 0}, "max_blur"),
     "centres outside": ({"blur": 1, "pool": PoolGeometry(padding=(1, 1), ceil_mode=True)}, "centre"),
     "empty batch": ({"x": torch.zeros(0, 3, 33, 30)}, "empty"),
     "small images": ({"x": torch.zeros(2, 3, 1, 30), "conv": ConvGeometry((2, 2), (1, 1))}, "smaller than the kernel"),
@@ -176,6 +176,7 @@ NO_OBSTACLES = {
     "kernel 11": {"weight": torch.zeros(7, 3, 11, 11), "conv": ConvGeometry((4, 4), (2, 2))},
     "no padding": {"pool": PoolGeometry(ceil_mode=True), "blur": 1},
     "max_blur without max": {"num_modulus": 7, "max_blur": 3},
+    "max_blur beside modulus": {"max_blur": 3},
     "blur=1 without modulus": {"num_modulus": 0, "blur": 1, "pool": PoolGeometry(padding=(1, 1), ceil_mode=True)},
     "channels_last": {"x": torch.zeros(2, 3, 33, 30).contiguous(memory_format=torch.channels_last)},
     "a crop": {"x": torch.zeros(2, 3, 40, 40)[:, :, 4:, 4:]},
@@ -327,7 +328,7 @@ def test_environment_is_what_auto_means(monkeypatch, interpreted):
     assert why_reference("auto", call) is None
     assert why_reference("reference", call) == "backend='reference' was asked for"
     with pytest.raises(RuntimeError, match="by the environment variable MIXPOOL_BACKEND, but it has no max_blur"):
-        takes_fused("auto", call._replace(max_blur=3))
+        takes_fused("auto", call._replace(max_blur=3, num_modulus=0))
     monkeypatch.setenv("MIXPOOL_BACKEND", "reference")
     assert "MIXPOOL_BACKEND" in why_reference("auto", call) and not takes_fused("auto", call)
     assert takes_fused("fused", call)
@@ -352,7 +353,10 @@ def test_fused_by_name_runs_or_raises(calls, monkeypatch):
 def test_why_not_fused():
     stem, x = make_stem(backend="fused"), images()
     assert mixpool.why_not_fused(stem, x) is None
-    assert mixpool.why_not_fused(BlurPoolStem(*stem_parts()).to(DEVICE), x) == "it has no max_blur=3"
+    assert (
+        mixpool.why_not_fused(BlurPoolStem(*stem_parts()).to(DEVICE), x)
+        == "it has no max_blur=3, and no channel takes the modulus"
+    )
     stem.backend = "reference"
     assert mixpool.why_not_fused(stem, x) == "backend='reference' was asked for"
     with pytest.raises(ValueError, match="expected a MixPoolStem, got torch.nn.modules.conv.Conv2d"):
@@ -363,11 +367,11 @@ def test_why_not_fused():
 
 def test_a_reason_is_logged_once_and_on_gpus_only(fake_gpu, interpreted, caplog):
     caplog.set_level(logging.INFO, logger="mixpool")
-    assert not takes_fused("auto", make_call(max_blur=3)) and not takes_fused("auto", make_call())
+    assert not takes_fused("auto", make_call(max_blur=3, num_modulus=0)) and not takes_fused("auto", make_call())
     assert caplog.messages == []
     call = fake_cuda_call()
     for _ in range(2):
-        assert not takes_fused("auto", call) and not takes_fused("auto", call._replace(max_blur=3))
+        assert not takes_fused("auto", call) and not takes_fused("auto", call._replace(max_blur=3, num_modulus=0))
         assert not takes_fused("reference", call)
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
     assert "max kernel in inference in float16, NCHW was not measured on Fake GPU; backend='fused'" in caplog.text
@@ -599,9 +603,10 @@ def test_sync_batch_norm_on_two_processes():
             assert torch.equal(*parts)
 
 
-def test_both_paths_sum_the_same_over_processes(monkeypatch):
+@pytest.mark.parametrize("max_blur", (1, 3))
+def test_both_paths_sum_the_same_over_processes(monkeypatch, max_blur):
     """Processes may differ in their path, where one has an empty part of a batch; then their sums have to match."""
-    sums, x, start = [], images(), make_stem(bias=True, blur=1).train()
+    sums, x, start = [], images(), make_stem(bias=True, blur=1, max_blur=max_blur).train()
     start.bn = nn.SyncBatchNorm.convert_sync_batchnorm(start.bn)
     monkeypatch.setattr(normalization, "_spans_processes", lambda norm: True)
     monkeypatch.setattr(normalization.dist, "all_reduce", lambda total, group: sums[-1].append(total.clone()))
@@ -650,6 +655,10 @@ STEMS = {
     "no norm": {"norm": False, "bias": True},
     "nothing but the convolution": {"norm": False, "act": nn.Identity()},
     "leaky": {"act": nn.LeakyReLU(0.2, inplace=True)},
+    "blurred maxima": {"max_blur": 3},
+    "blurred maxima, free partner": {"max_blur": 3, "imag": "free", "bias": True},
+    "blurred maxima, centres, no norm": {"max_blur": 3, "blur": 1, "norm": False, "bias": True},
+    "blurred maxima without any": {"max_blur": 3, "plan": ALL_MODULUS},
 }
 
 
@@ -673,12 +682,17 @@ def test_stems_agree(options, training, calls):
     assert actual["out"].stride() == expected["out"].stride()
     with torch.no_grad():
         assert_close("without gradients", stem(x), other(x), CLOSE)
-    assert len(calls) == 2 and (calls[-1].get("scale") is None) == (training and stem.bn is not None)
+    is_half = stem.max_blur == 3 and 0 < stem.num_modulus < 7  # whose affine step is the reference's
+    assert len(calls) == 2 and (calls[-1].get("scale") is None) == (is_half or training and stem.bn is not None)
     for name, buffer in stem.named_buffers():
         assert_close(name, buffer.float(), other.get_buffer(name).float(), CLOSE)
 
 
-@pytest.mark.parametrize("options", ({"norm": False, "bias": True}, {}), ids=("tied without norm", "batch norm"))
+@pytest.mark.parametrize(
+    "options",
+    ({"norm": False, "bias": True}, {}, {"max_blur": 3}),
+    ids=("tied without norm", "batch norm", "blurred maxima"),
+)
 def test_a_gradient_of_the_gradient(options):
     """create_graph=True: V is a function of W, the shift of the scale; neither counts twice, in any order."""
     results, x = [], images().requires_grad_()
@@ -693,9 +707,10 @@ def test_a_gradient_of_the_gradient(options):
         assert_close(f"{i}", actual / size, expected / size, CLOSE)
 
 
-def test_half_precision_agrees():
+@pytest.mark.parametrize("max_blur", (1, 3))
+def test_half_precision_agrees(max_blur):
     """In float16, by autocast and by the dtype of the stem; not bfloat16, which the interpreter does not compute."""
-    stem, x = make_stem().eval(), images()
+    stem, x = make_stem(max_blur=max_blur).eval(), images()
     with torch.no_grad():
         expected = stem(x)
         stem.backend = "fused"
@@ -708,7 +723,8 @@ def test_half_precision_agrees():
 
 @pytest.mark.parametrize("needs_grad", (False, True), ids=("", "gradients"))
 @pytest.mark.parametrize("act", (F.relu, torch.sigmoid))
-def test_mixpool2d_agrees(needs_grad, act):
+@pytest.mark.parametrize("max_blur", (1, 3))
+def test_mixpool2d_agrees(needs_grad, act, max_blur, calls):
     scale, bias, shift = torch.randn(3, 7)
     tensors = {"weight": torch.randn(7, 3, 3, 3) / 5, "bias": bias, "scale": scale, "shift": shift}
     outs, grads = [], []
@@ -717,10 +733,12 @@ def test_mixpool2d_agrees(needs_grad, act):
         torch.manual_seed(2)
         x = images(requires_grad=needs_grad)
         options = {"conv_stride": 2, "conv_padding": 1, "pool_padding": 1, "is_modulus": MIXED, "backend": name}
+        options["max_blur"] = max_blur
         out = mixpool2d(x, act=act, **leaves, **options)
         outs.append(out)
         if needs_grad:
             grads.append(torch.autograd.grad(out.square().sum(), leaves.values()))
+    assert len(calls) == 1
     assert_close("out", outs[1], outs[0], CLOSE)
     for name, actual, expected in zip(tensors, *grads[::-1]) if needs_grad else ():
         assert_close(f"grad {name}", actual, expected, CLOSE)
@@ -784,9 +802,11 @@ def compiler():
     torch.compiler.reset()
 
 
-def assert_compiled_step(backend: str, name: str, shapes: list[tuple[int, ...]], dynamic: bool | None) -> None:
+def assert_compiled_step(
+    backend: str, name: str, shapes: list[tuple[int, ...]], dynamic: bool | None, **options
+) -> None:
     """Forward and backward of a compiled stem are those of the eager reference, images of one shape after the other."""
-    stem = make_stem(MIXED, blur=1, backend=name).train()
+    stem = make_stem(MIXED, blur=1, backend=name, **options).train()
     other = copy.deepcopy(stem)
     other.backend = "reference"
     compiled = torch.compile(stem, fullgraph=True, backend=backend, dynamic=dynamic)
@@ -808,6 +828,11 @@ def test_compiled_in_one_graph(compiler, measured, calls, name, dynamic):
     assert_compiled_step("aot_eager", name, shapes if dynamic else shapes[:1], dynamic)
     assert len(trial._reasons) == (name == "auto") and set(trial._reasons.values()) <= {None}
     assert bool(calls) == (name != "reference")
+
+
+def test_blurred_maxima_are_compiled_in_one_graph(compiler, calls):
+    assert_compiled_step("aot_eager", "fused", [(2, 3, 9, 8), (3, 3, 11, 10)], True, max_blur=3)
+    assert calls
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixpool.reference import PoolGeometry
+from mixpool.reference import ConvGeometry, PoolGeometry
 
 KINDS = ("max", "modulus1", "modulus3")
 COLUMNS = {"max": 2, "modulus1": 2, "modulus3": 4}  # of the matrix product per channel: positions of a cell x re and im
@@ -32,6 +32,11 @@ class StemGeometry(NamedTuple):
     in_channels: int
     height: int
     width: int
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, conv: ConvGeometry, pool: PoolGeometry) -> StemGeometry:
+        """That of a stem in which `backend` sees no obstacle, on images of this size."""
+        return cls(weight.shape[2], conv.stride[0], conv.padding[0], pool.padding[0], pool.ceil_mode, *x.shape[1:])
 
     @property
     def conv_size(self) -> tuple[int, int]:
