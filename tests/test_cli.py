@@ -162,7 +162,7 @@ def test_inspect_shows_the_plan_that_a_converted_model_has(imag, checkpoint, tmp
 def test_inspect_of_registered_models_and_of_their_checkpoints(tmp_path, capsys):
     assert cli.main(["inspect", "mixpool_resnet18"]) == 0
     out, err = capsys.readouterr()
-    assert "conv1 -> bn1 -> act1 -> maxpool\n24 of 64 channels on modulus pooling" in out and "random weights" in err
+    assert "conv1 -> bn1 -> act1 -> maxpool\n48 of 64 channels on modulus pooling" in out and "random weights" in err
     model = timm.create_model("mixpool_resnet18", num_classes=3, select="all", blur=1)
     average = timm.create_model("mixpool_resnet18", num_classes=3, select="none", blur=1)
     entries = {"state_dict": model.state_dict(), "state_dict_ema": average.state_dict()}
