@@ -171,7 +171,7 @@ def binomial_decimate(out: Tensor, pool: PoolGeometry) -> Tensor:
     """
     height, width = out.shape[-2:]
     dtype = out.dtype
-    if out.device.type == "cpu":  # where the half types' backward pass is ten times slower
+    if out.device.type == "cpu":  # where torch's backward pass of the half types is slower by far
         out = _widened(out)
     kernel = binomial_kernel((3, 3), out).expand(out.shape[1], 1, 3, 3)
     with without_autocast(out):  # it would make the border float32 and the sums bfloat16

@@ -27,9 +27,8 @@ def convolve_and_pool(
 ) -> Pooled:
     """`reference.convolve_and_pool` for channels of both kinds; `dtype` is that of the fused operator's output."""
     none = channels.max[:0]
-    halves = Channels(channels.max, none)
     options = {"max_blur": max_blur, "with_moments": with_moments}
-    maxima = reference.convolve_and_pool(x, weight, bias, None, halves, conv, pool, **options)
+    maxima = reference.convolve_and_pool(x, weight, bias, None, Channels(channels.max, none), conv, pool, **options)
     own = weight.index_select(0, channels.modulus)
     places = torch.arange(len(channels.modulus), device=channels.modulus.device)
     options = {"blur": blur, "with_moments": with_moments, "dtype": dtype}
