@@ -74,7 +74,7 @@ def _draw_designs(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
             shown = name.replace("_", " ")
             axes.annotate(shown, (flips, top1), (4, -3), textcoords="offset points", size=6.5, color=MUTED)
     axes.margins(0.12)
-    _finish(axes, "Top-1, %", "changed classes at 1 px, mean of h, v and d, % (hollow: later layers blurred too)")
+    _finish(axes, "Top-1, % (hollow: later layers blurred too)", "changed classes at 1 px, mean of h, v and d, %")
 
 
 def _finish(axes: Axes, title: str, label: str) -> None:
