@@ -18,6 +18,7 @@ from benchmarks.markdown import machine_line, read, table
 from benchmarks.tables_cifar10 import (
     cifar10,
     cifar10_alexnet,
+    cifar10_alexnet_unclipped,
     cifar10_bound,
     cifar10_designs,
     cifar10_first,
@@ -239,6 +240,7 @@ TABLES: dict[str, Callable[[], str]] = {
         pretrained,
         cifar10,
         cifar10_alexnet,
+        cifar10_alexnet_unclipped,
         cifar10_bound,
         cifar10_designs,
         cifar10_first,
