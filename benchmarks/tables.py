@@ -18,7 +18,6 @@ from benchmarks.markdown import machine_line, read, table
 from benchmarks.tables_cifar10 import (
     cifar10,
     cifar10_alexnet,
-    cifar10_alexnet_unclipped,
     cifar10_bound,
     cifar10_designs,
     cifar10_first,
@@ -240,7 +239,6 @@ TABLES: dict[str, Callable[[], str]] = {
         pretrained,
         cifar10,
         cifar10_alexnet,
-        cifar10_alexnet_unclipped,
         cifar10_bound,
         cifar10_designs,
         cifar10_first,

@@ -47,10 +47,6 @@ def cifar10_alexnet() -> str:
     return _table("alexnet")
 
 
-def cifar10_alexnet_unclipped() -> str:
-    return _table("alexnet_unclipped")
-
-
 def cifar10_first() -> str:
     return _table("batch_128")
 
