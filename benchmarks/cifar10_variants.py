@@ -138,7 +138,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "bound": ("half", ("dense", "dense_aa")),
     "designs": ("half", DESIGNS),
     "full": ("full", MAIN),
-    "alexnet": ("alexnet", (*MAIN, "wavelet_32_no_max_blur", "wavelet_48")),
+    "alexnet": ("alexnet", (*MAIN, "wavelet_16", "wavelet_32_no_max_blur", "wavelet_48")),
     "batch_128": ("batch_128", ("stock", "wavelet_24_no_max_blur")),
 }
 
