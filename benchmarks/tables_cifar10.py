@@ -13,6 +13,7 @@ NOT_RUN = "Not run yet."
 BRACKETS = "in brackets the lowest and the highest seed; where there is one, the 95 % interval over the images"
 DIRECTIONS = {"h": "horizontal", "v": "vertical", "d": "diagonal"}
 FLIPS = {f"{way}{shift}": ("flip_probability", DIRECTIONS[way], shift) for way, shift in ("h1", "v1", "d1", "h2", "h4")}
+OPPONENTS = {"stock": "stock", "blurpool": "BlurPool"}
 # The networks of the first table, in words.
 NAMES = {
     "stock": "stock: max pooling",
@@ -23,7 +24,7 @@ NAMES = {
 
 
 def cifar10() -> str:
-    return _table("main")
+    return _with_outcome("main")
 
 
 def cifar10_later() -> str:
@@ -40,11 +41,11 @@ def cifar10_designs() -> str:
 
 
 def cifar10_full() -> str:
-    return _table("full")
+    return _with_outcome("full")
 
 
 def cifar10_alexnet() -> str:
-    return _table("alexnet")
+    return _with_outcome("alexnet")
 
 
 def cifar10_first() -> str:
@@ -91,6 +92,34 @@ def _table(name: str, before: Sequence[str] = ()) -> str:
     header = ["stem", "seeds", *columns, "h4 / 4", "KL h1, 0.01 nats"]
     return (
         f"{table(header, rows)}\n\n{about}; {BRACKETS}. {origins(everything, f'python -m benchmarks.cifar10 {name}')}"
+    )
+
+
+def _with_outcome(name: str) -> str:
+    """The table, and in words how mixpool's default compares with stock and BlurPool."""
+    runs = _runs(TABLES[name][0], MAIN)
+    if not {"mixpool", *OPPONENTS} <= runs.keys():
+        return _table(name)
+    sentences = [f"against {label} {outcome(runs['mixpool'], runs[other])}" for other, label in OPPONENTS.items()]
+    return f"{_table(name)}\n\nThe default's means over the seeds: {'; '.join(sentences)}."
+
+
+def outcome(ours: list[dict], theirs: list[dict]) -> str:
+    """How the means over seeds of one network compare with those of another, in words."""
+
+    def means(runs: list[dict], path: tuple[str, ...]) -> float:
+        return mean(_at(record["summary"], path) for record in runs)
+
+    top1 = means(ours, ("top1",)) - means(theirs, ("top1",))
+    curves = theirs[0]["summary"]["flip_probability"]
+    paths = [("flip_probability", way, shift) for way, curve in curves.items() for shift in curve]
+    ratios = {path: means(ours, path) / means(theirs, path) for path in paths}
+    fewer = sum(ratio < 1 for ratio in ratios.values())
+    shown = ", ".join(f"{100 * (ratios[FLIPS[f'{way}1']] - 1):+.0f} %" for way in DIRECTIONS)
+    farthest = max(int(shift) for _, _, shift in paths)
+    return (
+        f"top-1 {top1:+.2f}, flips at 1 px {shown} (h, v, d), fewer flips in {fewer} of the {len(paths)} directions "
+        f"and shifts (1 to {farthest} px)"
     )
 
 

@@ -13,6 +13,7 @@ from support import assert_close
 
 from benchmarks import cifar10
 from benchmarks.cifar10_variants import RECIPES, TABLES, Row, rows
+from benchmarks.tables_cifar10 import outcome
 from mixpool import analytic_partner
 from mixpool.checkpoint import converted_stems
 from mixpool.layers import MixPoolStem
@@ -106,6 +107,18 @@ def test_the_wide_blur_is_a_binomial_mean_of_5():
     assert out.shape == (1, 64, 16, 16)
     # a fresh norm layer's scale, and the border's first values, which are means of fewer
     assert_close("inner values", out[:, 16:, 1:-1, 1:-1] * (1 + stem.bn.eps) ** 0.5, wanted[..., :14, :14])
+
+
+def test_the_outcome_counts_what_is_better():
+    def record(top1: float, *flips: float) -> dict:
+        ways = ("horizontal", "vertical", "diagonal")
+        curves = {way: {"1": flip, "2": 2 * flip} for way, flip in zip(ways, flips, strict=True)}
+        return {"summary": {"top1": top1, "flip_probability": curves}}
+
+    theirs = [record(70.0, 10.0, 10.0, 10.0), record(72.0, 10.0, 10.0, 10.0)]
+    found = outcome([record(71.5, 5.0, 12.0, 10.0)], theirs)
+    assert found.startswith("top-1 +0.50, flips at 1 px -50 %, +20 %, +0 % (h, v, d), fewer flips in 2 of the 6 ")
+    assert found.endswith("(1 to 2 px)")
 
 
 @pytest.fixture
