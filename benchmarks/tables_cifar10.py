@@ -13,7 +13,7 @@ NOT_RUN = "Not run yet."
 BRACKETS = "in brackets the lowest and the highest seed; where there is one, the 95 % interval over the images"
 DIRECTIONS = {"h": "horizontal", "v": "vertical", "d": "diagonal"}
 FLIPS = {f"{way}{shift}": ("flip_probability", DIRECTIONS[way], shift) for way, shift in ("h1", "v1", "d1", "h2", "h4")}
-OPPONENTS = {"stock": "stock", "blurpool": "BlurPool"}
+BASELINES = {"stock": "stock", "blurpool": "BlurPool"}
 # The networks of the first table, in words.
 NAMES = {
     "stock": "stock: max pooling",
@@ -98,9 +98,9 @@ def _table(name: str, before: Sequence[str] = ()) -> str:
 def _with_outcome(name: str) -> str:
     """The table, and in words how mixpool's default compares with stock and BlurPool."""
     runs = _runs(TABLES[name][0], MAIN)
-    if not {"mixpool", *OPPONENTS} <= runs.keys():
+    if not {"mixpool", *BASELINES} <= runs.keys():
         return _table(name)
-    sentences = [f"against {label} {outcome(runs['mixpool'], runs[other])}" for other, label in OPPONENTS.items()]
+    sentences = [f"against {label} {outcome(runs['mixpool'], runs[other])}" for other, label in BASELINES.items()]
     return f"{_table(name)}\n\nThe default's means over the seeds: {'; '.join(sentences)}."
 
 
