@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixpool.reference import PoolGeometry, lowpass_pool, max_pool, modulus
+from mixpool.reference import PoolGeometry, lowpass_pool, max_pool
 
 # A map whose standard deviation is below a thousandth of its root mean square counts as constant: float32 sums of
 # squares tell no more.
@@ -79,7 +79,7 @@ def pool_both(real: Tensor, imag: Tensor, window: int = 3) -> Poolings:
     if real.dtype in (torch.float16, torch.bfloat16):
         real, imag = real.float(), imag.float()  # whose squares would overflow, and whose sums are too coarse
     pool = PoolGeometry((window, window))
-    envelope = modulus(real, imag)
+    envelope = torch.hypot(real, imag)
     height, width = pool.output_size(*real.shape[-2:])
     (top, left), (step_y, step_x) = pool.center, pool.stride
     return Poolings(

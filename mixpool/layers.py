@@ -22,6 +22,7 @@ from mixpool.filters import analytic_partner_map, apply_partner_map
 from mixpool.functional import check_pooling, memory_format_of, split_channels
 from mixpool.fused import halves, ops
 from mixpool.fused.geometry import StemGeometry
+from mixpool.modes import without_autocast
 from mixpool.normalization import (
     affine_of_pooled,
     normalize_pooled,
@@ -36,7 +37,6 @@ from mixpool.reference import (
     Pooled,
     activate_and_merge,
     convolve_and_pool,
-    without_autocast,
 )
 from mixpool.selection import Select, make_plan
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixpool.reference import Channels, Moments, Pooled, affine
+from mixpool.moments import Moments
+from mixpool.reference import Channels, Pooled, affine
 
 # Norm layers that are an affine map per channel. Subclasses with other arithmetic must not slip through, hence names.
 _NORM_NAMES = {
@@ -91,7 +92,7 @@ def normalize_pooled(
         if moments is None and not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             # FrozenBatchNorm2d, by its own formula, so that it stays equal to the bit
             scale = weight * (norm.running_var.index_select(0, index) + norm.eps).rsqrt()
-            parts.append(affine(part, scale, shift - mean * scale))
+            parts.append(part * scale[:, None, None] + (shift - mean * scale)[:, None, None])
             continue
         if moments is None:
             running_var = norm.running_var.index_select(0, index)

@@ -22,7 +22,8 @@ from torch import Tensor
 from mixpool.comparison import Comparison, Poolings, PoolingStats, pool_both
 from mixpool.dead_leaves import dead_leaves
 from mixpool.filters import analytic_partner, check_weight, pair
-from mixpool.reference import PoolGeometry, max_pool, without_autocast
+from mixpool.modes import without_autocast
+from mixpool.reference import PoolGeometry, max_pool
 
 NUM_PICTURES = 16
 LEAST_INTERIOR = 128  # pixels of a picture's side that filters may be centred on, at least

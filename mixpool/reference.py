@@ -15,12 +15,15 @@ The caller folds sign(a) into W and V.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mixpool.modes import in_functorch, widened, without_autocast
+from mixpool.modulus import modulus
+from mixpool.moments import Moments, energy_moments, real_moments
 
 Pair = tuple[int, int]
 
@@ -61,14 +64,6 @@ class Channels(NamedTuple):
     modulus: Tensor
 
 
-class Moments(NamedTuple):
-    """Batch statistics: `mean` and biased `var` per channel, float32 or better, over `count` values each."""
-
-    mean: Tensor
-    var: Tensor
-    count: int
-
-
 class Pooled(NamedTuple):
     """What `convolve_and_pool` returns: each kind's pooled channels, None if it has none, and its moments if asked."""
 
@@ -106,7 +101,7 @@ def convolve_and_pool(
             mean(|z|^2) / 2 over the positions computed for modulus channels (paper 2's non-centred rule).
     """
     all_max, all_modulus = len(channels.max) == len(weight), len(channels.modulus) == len(weight)
-    as_channels_last = x.device.type == "cpu" and not torch.compiler.is_compiling() and not _in_functorch()
+    as_channels_last = x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_functorch()
     pooled_max = pooled_modulus = max_moments = modulus_moments = None
     # On CPU, PyTorch pools channels_last tensors about ten times faster. An all-max plan convolves in the layout that
     # came in, so that it repeats the stock convolution bit by bit.
@@ -132,7 +127,7 @@ def convolve_and_pool(
             z = convolve_at_centers(x, weight_modulus, conv, pool)
         else:
             z = F.conv2d(x, weight_modulus, None, conv.stride, conv.padding, conv.dilation)
-        envelope = modulus(*z.chunk(2, dim=1))
+        envelope = modulus(z)
         modulus_moments = energy_moments(envelope) if with_moments else None
         if blur == 3:
             envelope = lowpass_pool(envelope, pool)
@@ -172,57 +167,18 @@ def binomial_decimate(out: Tensor, pool: PoolGeometry) -> Tensor:
     height, width = out.shape[-2:]
     dtype = out.dtype
     if out.device.type == "cpu":  # where torch's backward pass of the half types is slower by far
-        out = _widened(out)
+        out = widened(out)
     kernel = binomial_kernel((3, 3), out).expand(out.shape[1], 1, 3, 3)
     with without_autocast(out):  # it would make the border float32 and the sums bfloat16
-        out = F.pad(out, (0, 0, 1, 1), mode="reflect" if height > 1 else "replicate")
-        out = F.pad(out, (1, 1, 0, 0), mode="reflect" if width > 1 else "replicate")
+        if min(height, width) > 1:
+            out = F.pad(out, (1, 1, 1, 1), mode="reflect")
+        else:  # a line has nothing to reflect across itself
+            out = F.pad(out, (0, 0, 1, 1), mode="reflect" if height > 1 else "replicate")
+            out = F.pad(out, (1, 1, 0, 0), mode="reflect" if width > 1 else "replicate")
         return F.conv2d(out, kernel, stride=pool.stride, groups=out.shape[1]).to(dtype)
 
 
 # --- the modulus branch -----------------------------------------------------------------------------------------------
-
-
-def modulus(re: Tensor, im: Tensor) -> Tensor:
-    """sqrt(re^2 + im^2) in float32 or better, with derivative 0 where both are 0 (a plain sqrt or hypot gives NaN)."""
-    if not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _in_functorch()):
-        return _Modulus.apply(re, im)
-    # For what follows single operators. The squares want values between 1e-18 and 1e18 in float32.
-    re, im = _widened(re), _widened(im)
-    energy = torch.addcmul(re * re, im, im)
-    is_zero = energy == 0
-    return energy.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
-
-
-class _Modulus(torch.autograd.Function):
-    """hypot in half of the passes over memory, and with its derivative at 0."""
-
-    @staticmethod
-    def forward(ctx, re: Tensor, im: Tensor) -> Tensor:
-        out = torch.hypot(_widened(re), _widened(im))
-        ctx.save_for_backward(re, im, out)
-        ctx.save_for_forward(re, im, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        re, im, out = ctx.saved_tensors
-        ratio = grad / _without_zeros(out)
-        return (re * ratio).to(re.dtype), (im * ratio).to(im.dtype)
-
-    @staticmethod
-    def jvp(ctx, re_tangent: Tensor, im_tangent: Tensor) -> Tensor:
-        re, im, out = ctx.saved_tensors
-        return (re * re_tangent + im * im_tangent) / _without_zeros(out)
-
-
-def _widened(part: Tensor) -> Tensor:
-    return part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
-
-
-def _without_zeros(out: Tensor) -> Tensor:
-    """For a quotient whose numerator is 0 there."""
-    return out.masked_fill(out == 0, 1)
 
 
 def lowpass_pool(envelope: Tensor, pool: PoolGeometry) -> Tensor:
@@ -289,35 +245,15 @@ def nearest_centers(envelope: Tensor, pool: PoolGeometry) -> Tensor:
 # --- both branches ----------------------------------------------------------------------------------------------------
 
 
-def real_moments(y: Tensor) -> Moments:
-    """Mean and biased variance of each channel over N, H, W, differentiable."""
-    y = y if y.dtype == torch.float64 else y.float()
-    count = y.shape[0] * y.shape[2] * y.shape[3]
-    if isinstance(count, int) and count == 0:
-        nothing = y.sum(dim=(0, 2, 3))  # depends on y, so that all processes of a group stay in step in backward
-        return Moments(nothing, nothing, 0)
-    var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
-    return Moments(mean, var, count)
-
-
-def energy_moments(envelope: Tensor) -> Moments:
-    """Mean 0 and half the mean energy of each channel (the variance of an analytic z's real part), differentiable."""
-    count = envelope.shape[0] * envelope.shape[2] * envelope.shape[3]
-    if isinstance(count, int) and count == 0:
-        nothing = envelope.sum(dim=(0, 2, 3))
-        return Moments(torch.zeros_like(nothing), nothing, 0)
-    var = envelope.square().mean(dim=(0, 2, 3)) / 2
-    return Moments(torch.zeros_like(var), var, count)
-
-
 def affine(pooled: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """scale * pooled + shift per channel, in the wider of the dtypes, returned in the dtype of `pooled`."""
-    out = pooled
-    if scale is not None:
-        out = out * scale[:, None, None]
-    if shift is not None:
-        out = out + shift[:, None, None]
-    return out.to(pooled.dtype)
+    """scale * pooled + shift per channel, in float32 or better, returned in the dtype of `pooled`."""
+    if scale is None:  # batch_norm has wrong second derivatives then (torch 2.14)
+        return pooled if shift is None else (pooled + shift[:, None, None]).to(pooled.dtype)
+    dtype = torch.promote_types(pooled.dtype, torch.float32)
+    zeros = torch.zeros(pooled.shape[1], dtype=dtype, device=pooled.device)
+    shift = None if shift is None else shift.to(dtype)
+    # The batch norm of mean 0 and variance 1: one pass over memory there, and one back.
+    return F.batch_norm(pooled, zeros, torch.ones_like(zeros), scale.to(dtype), shift, False, 0.0, 0.0)
 
 
 def activate_and_merge(
@@ -339,7 +275,7 @@ def activate_and_merge(
     if max_part is None or modulus_part is None:
         part = modulus_part if max_part is None else max_part
         return part.contiguous(memory_format=memory_format)
-    if _in_functorch():  # vmap can neither fill a new tensor in place nor lay one out
+    if in_functorch():  # vmap can neither fill a new tensor in place nor lay one out
         order = torch.cat([channels.max, channels.modulus]).argsort()
         return torch.cat([max_part, modulus_part], dim=1).index_select(1, order)
     size = (max_part.shape[0], len(channels.max) + len(channels.modulus), *max_part.shape[-2:])
@@ -355,18 +291,6 @@ def binomial_kernel(size: Pair, like: Tensor) -> Tensor:
         tap = torch.arange(n, dtype=like.dtype, device=like.device)
         axes.append(((n + 1) / 2 - (tap - (n - 1) / 2).abs()) / ((n + 1) // 2 * ((n + 2) // 2)))
     return (axes[0][:, None] * axes[1])[None, None]
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Context in which `tensor`'s dtype stays what it is: sums that autocast would round are done in float32."""
-    if tensor.device.type == "meta":
-        return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _in_functorch() -> bool:
-    """Whether torch.func transforms the call (vmap cannot change memory formats)."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def _unreached(size: int, stride: int, padding: int, center: int, ceil_mode: bool) -> int:

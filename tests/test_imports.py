@@ -82,6 +82,8 @@ def test_the_test_of_the_import_time_can_fail():
 # --- layers of the package --------------------------------------------------------------------------------------------
 
 LEVELS = [
+    {"modes"},
+    {"modulus", "moments"},
     {"filters", "reference", "gabor", "stability", "probe", "data", "records", "theory", "dtcwpt", "dead_leaves"}
     | {"theory_table", "alexnet", "metrics"},
     {"fused"},

@@ -6,7 +6,6 @@ import pytest
 import torch
 from support import assert_close, pooled_length
 from torch import nn
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixpool.reference import (
@@ -19,12 +18,9 @@ from mixpool.reference import (
     convolve_and_pool,
     convolve_at_centers,
     dense_max_pool,
-    energy_moments,
     lowpass_pool,
     max_pool,
-    modulus,
     nearest_centers,
-    real_moments,
 )
 
 STEM_POOLS = {
@@ -60,68 +56,6 @@ def test_output_size_is_that_of_max_pool2d(ceil_mode):
                     assert pooled_length(length, size, stride, padding, ceil_mode) == expected[0], "support.py is wrong"
                     seen += 1
     assert seen > 100
-
-
-# --- the modulus ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("grad_enabled", [True, False])
-def test_modulus_of_known_numbers(grad_enabled):
-    re, im = torch.tensor([3.0, 0.0, -5.0, 0.0, 8e-10]), torch.tensor([4.0, 0.0, 12.0, -2.0, 6e-10])
-    with torch.set_grad_enabled(grad_enabled):
-        assert_close("modulus", modulus(re, im), torch.tensor([5.0, 0.0, 13.0, 2.0, 1e-9]), (1e-15, 1e-6))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_modulus_of_half_precision_neither_overflows_nor_underflows(dtype):
-    re, im = torch.tensor([300.0, 6e-4], dtype=dtype), torch.tensor([400.0, 8e-4], dtype=dtype)
-    out = modulus(re, im)
-    assert out.dtype == torch.float32  # because 300^2 is more than float16 can hold
-    assert_close("modulus", out, torch.hypot(re.double(), im.double()), (0, 1e-6))
-
-
-def test_modulus_has_derivative_zero_at_zero():
-    re = torch.tensor([0.0, 3.0, 0.0, -1.0], dtype=torch.float64, requires_grad=True)
-    im = torch.tensor([0.0, 4.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
-    upstream = torch.tensor([7.0, 10.0, 1.0, 3.0], dtype=torch.float64)
-    grad_re, grad_im = torch.autograd.grad(modulus(re, im), (re, im), upstream)
-    assert_close("d/d re", grad_re, torch.tensor([0.0, 6.0, 0.0, -3.0]).double())
-    assert_close("d/d im", grad_im, torch.tensor([0.0, 8.0, 1.0, 0.0]).double())
-
-
-def test_modulus_derivatives_of_both_orders_away_from_zero():
-    re, im = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(modulus, (re, im))
-    assert torch.autograd.gradgradcheck(modulus, (re, im))
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # of torch's own modules
-def test_modulus_carries_tangents_forward():
-    re, im = torch.tensor([0.0, 3.0, -1.0]).double(), torch.tensor([0.0, 4.0, 0.0]).double()
-    tangents = torch.tensor([7.0, 10.0, 2.0]).double(), torch.tensor([5.0, 5.0, 1.0]).double()
-    with forward_ad.dual_level():
-        out = modulus(*(forward_ad.make_dual(part, tangent) for part, tangent in zip((re, im), tangents, strict=True)))
-        assert_close("tangent", forward_ad.unpack_dual(out).tangent, torch.tensor([0.0, 10.0, -2.0]).double())
-    _, by_transform = torch.func.jvp(modulus, (re, im), tangents)
-    assert_close("torch.func", by_transform, torch.tensor([0.0, 10.0, -2.0]).double())
-
-
-def test_modulus_with_gradients_does_not_overflow():
-    re, im = (torch.tensor([value], requires_grad=True) for value in (3e30, 4e30))
-    out = modulus(re, im)
-    assert_close("modulus", out, torch.tensor([5e30]))
-    assert_close("d/d re", torch.autograd.grad(out, re)[0], torch.tensor([0.6]))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_modulus_gradients_keep_the_dtype(dtype):
-    re, im = torch.randn(2, 8, dtype=dtype).requires_grad_().unbind()
-    upstream = torch.randn(8)
-    grads = torch.autograd.grad(modulus(re, im), (re, im), upstream)
-    for part, grad in zip((re, im), grads, strict=True):
-        wanted = upstream.double() * part.double() / torch.hypot(re.double(), im.double())
-        assert grad.dtype == dtype
-        assert_close("gradient", grad, wanted.to(dtype))
 
 
 # --- the means --------------------------------------------------------------------------------------------------------
@@ -232,26 +166,3 @@ def test_the_flop_test_can_fail():
     with FlopCounterMode(display=False) as counter:
         out = nn.functional.conv2d(x, weight, None, 2, 3)[..., ::2, ::2]
     assert counter.get_total_flops() == 4 * 2 * out.shape[-2] * out.shape[-1] * weight[0].numel() * 8
-
-
-# --- batch statistics -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_moments(dtype):
-    y = (torch.randn(3, 4, 5, 6, dtype=torch.float64) + 2).to(dtype)
-    by_hand = y.double()
-    moments = real_moments(y)
-    assert moments.count == 90 and moments.mean.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_close("mean", moments.mean, by_hand.mean(dim=(0, 2, 3)))
-    assert_close("var", moments.var, by_hand.var(dim=(0, 2, 3), correction=0))
-    moments = energy_moments(y.abs().to(moments.mean.dtype))
-    assert_close("energy", moments.var, by_hand.square().mean(dim=(0, 2, 3)) / 2)
-    assert not moments.mean.any()
-
-
-def test_moments_of_an_empty_batch_are_zeros_with_a_gradient():
-    y = torch.zeros(0, 4, 5, 6, requires_grad=True)
-    for moments in (real_moments(y), energy_moments(y)):
-        assert moments.count == 0 and not moments.var.any() and not moments.mean.any()
-        assert torch.autograd.grad(moments.var.sum(), y)[0].shape == y.shape

@@ -8,7 +8,8 @@ from torch import Tensor
 from mixpool import reference
 from mixpool.fused import ops
 from mixpool.fused.geometry import StemGeometry
-from mixpool.reference import Channels, ConvGeometry, Moments, Pooled, PoolGeometry
+from mixpool.moments import Moments
+from mixpool.reference import Channels, ConvGeometry, Pooled, PoolGeometry
 
 
 def convolve_and_pool(
