@@ -59,7 +59,8 @@ CASES = [
     Case("several tiles in NCHW", 5, 1, 33, 29, 5, 1, 2, 0, False, "xo", False),
     Case("four channels, even kernel, much padding", 2, 4, 13, 16, 4, 4, 6, 1, False, "xo", True),
     Case("one channel in, stride 1, no padding", 2, 1, 9, 8, 5, 1, 0, 0, False, "oox", False),
-    Case("an image as small as the kernel", 3, 3, 7, 8, 7, 2, 0, 1, False, "xo", True),
+    # One value per image and channel: of 3 images eager's rounding is too much a matter of luck to compare with.
+    Case("an image as small as the kernel", 12, 3, 7, 8, 7, 2, 0, 1, False, "xo", True),
     Case("one pixel", 2, 3, 1, 1, 3, 1, 1, 1, False, "xo", True),
 ]
 HALF_CASES = [CASES[i] for i in (0, 1, 4, 6)]
