@@ -79,7 +79,7 @@ def pool_both(real: Tensor, imag: Tensor, window: int = 3) -> Poolings:
     if real.dtype in (torch.float16, torch.bfloat16):
         real, imag = real.float(), imag.float()  # whose squares would overflow, and whose sums are too coarse
     pool = PoolGeometry((window, window))
-    envelope = torch.hypot(real, imag)
+    envelope = torch.hypot(real, imag)  # a measurement: nobody needs its derivative where both are 0
     height, width = pool.output_size(*real.shape[-2:])
     (top, left), (step_y, step_x) = pool.center, pool.stride
     return Poolings(

@@ -92,7 +92,8 @@ def normalize_pooled(
         if moments is None and not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             # FrozenBatchNorm2d, by its own formula, so that it stays equal to the bit
             scale = weight * (norm.running_var.index_select(0, index) + norm.eps).rsqrt()
-            parts.append(part * scale[:, None, None] + (shift - mean * scale)[:, None, None])
+            out = part * scale[:, None, None] + (shift - mean * scale)[:, None, None]
+            parts.append(out.to(part.dtype))
             continue
         if moments is None:
             running_var = norm.running_var.index_select(0, index)

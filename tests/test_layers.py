@@ -257,6 +257,12 @@ def test_norm_layers_of_the_libraries_all_follow_the_same_rule_in_training(name)
         assert_close(key, norm.get_buffer(key).double(), reference.get_buffer(key).double())
 
 
+def test_frozen_norm_in_float32_keeps_the_dtype_of_a_bfloat16_convolution():
+    conv = nn.Conv2d(3, 4, 7, 2, 3, bias=False).bfloat16()
+    stem = MixPoolStem(conv, torchvision.ops.FrozenBatchNorm2d(4), nn.ReLU(), select=[True, False] * 2)
+    assert stem(torch.randn(2, 3, 20, 22).bfloat16()).dtype == torch.bfloat16
+
+
 # --- the norm rule of modulus channels --------------------------------------------------------------------------------
 
 
