@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.store import RECORDS
 from mixpool import records
@@ -42,3 +46,8 @@ def read(name: str, folder: Path = RECORDS) -> list[dict]:
     if any(record.get("dry") for record in found):
         raise ValueError(f"expected measurements in {name}.jsonl, got records of a dry run")
     return found
+
+
+def at(values: Any, path: Sequence[str]) -> Any:
+    """What a record has at the end of a path of keys."""
+    return functools.reduce(operator.getitem, path, values)

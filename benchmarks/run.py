@@ -22,7 +22,6 @@ NAMES = (
     "cost",
     "peers",
     "evaluation",
-    "finetune",
 )
 
 

@@ -26,10 +26,10 @@ from benchmarks.tables_cifar10 import (
     cifar10_short,
 )
 from benchmarks.tables_cost import cost_count, cost_growth, cost_short, cost_time
+from benchmarks.tables_evaluation import evaluation, evaluation_speed
 from benchmarks.tables_gpu import gpu, gpu_memory, gpu_models, gpu_others, gpu_targets, measured
 from benchmarks.tables_peers import peers_cost, peers_functions, peers_network, peers_stability
 from benchmarks.tables_pretrained import pretrained
-from benchmarks.tables_training import evaluation, evaluation_speed, finetune
 from mixpool.theory_table import summary_rows
 
 ROOT = Path(__file__).parents[1]
@@ -235,7 +235,6 @@ TABLES: dict[str, Callable[[], str]] = {
         gpu_models,
         evaluation,
         evaluation_speed,
-        finetune,
         pretrained,
         cifar10,
         cifar10_alexnet,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.markdown import machine_line, read, table
+from benchmarks.markdown import at, origins, read, table
 from benchmarks.store import RECORDS
 
 NOT_RUN = "Not run yet."
+COMMAND = "python -m benchmarks.pretrained"
 # In the order of the table; the records have these words in the order in which the runs ended.
 NETWORKS = {"squeezenet": "SqueezeNet 1.0", "open_nsfw": "open_nsfw"}
 STAGES = ("zero-shot", "calibrated", "distilled")
@@ -48,7 +49,7 @@ def pretrained() -> str:
     header = ["network", "stage", "stem", "split", "modulus channels", "top-1 % (95 % interval)", "change of top-1"]
     first = next(iter(latest.values()))
     photos = f"{first['num_images']} photos, of which KL saw {first['kl_images']}"
-    return f"{table([*header, *COLUMNS], rows)}\n\n{photos}. {machine_line(first)}"
+    return f"{table([*header, *COLUMNS], rows)}\n\n{photos}. {origins(list(latest.values()), COMMAND)}"
 
 
 def _cells(found: dict) -> list[str]:
@@ -60,18 +61,12 @@ def _cells(found: dict) -> list[str]:
         change = "-" if difference is None else _interval(difference, ("top1",), "+.2f")
     cells = [str(found["num_modulus"]), top1, change]
     for path, form in COLUMNS.values():
-        value = f"{_at(found['summary'], path):{form}}"
+        value = f"{at(found['summary'], path):{form}}"
         cells.append(value if difference is None else f"{value}: {_interval(difference, path, '+' + form)}")
     return cells
 
 
 def _interval(found: dict, path: tuple[str, ...], form: str = ".2f") -> str:
     """Mean and, in brackets, the ends of its 95 % interval."""
-    mean, (low, high) = (_at(found[key], path) for key in ("summary", "ci95"))
+    mean, (low, high) = (at(found[key], path) for key in ("summary", "ci95"))
     return f"{mean:{form}} ({low:{form}} to {high:{form}})"
-
-
-def _at(values, path: tuple[str, ...]):
-    for name in path:
-        values = values[name]
-    return values
