@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from mixpool.labelled_images import Images
 from mixpool.training import checkpoint
-from mixpool.training.checks import count_outputs, estimate_memory
+from mixpool.training.checks import count_outputs, estimate_memory, half_precision_slowdown
 from mixpool.training.data import BatchOrder, TrainingImages
 from mixpool.training.splits import check_classes
 
@@ -165,3 +165,10 @@ def test_the_memory_estimate_counts_what_autograd_keeps():
     assert found.weights == 4 * sum(p.numel() * 4 for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_slowness_is_measured_and_draws_nothing():
+    state = torch.get_rng_state()
+    assert 0 < half_precision_slowdown(torch.bfloat16) < float("inf")
+    assert 0.1 < half_precision_slowdown(torch.float32) < 10
+    assert torch.equal(torch.get_rng_state(), state)

@@ -18,8 +18,8 @@ from training_runs import CLASSES, arguments
 import mixpool
 from mixpool.checkpoint import converted_stems
 from mixpool.train import _is_better, train
+from mixpool.training import checks, splits
 from mixpool.training import run as run_module
-from mixpool.training import splits
 from mixpool.training.configuration import parse
 from mixpool.training.model import build_model, prepare, stock_teacher
 from mixpool.training.run import experiment_name, learning_rate, set_up
@@ -94,6 +94,18 @@ def test_a_stock_model_can_be_converted_with_training_images(photos, tmp_path, c
     (stem,) = converted_stems(run.model).values()
     assert stem.num_modulus == 8 and stem.blur == 1 and bool((stem.calibration[:, 0] != 1).any())
     assert "8 of 8" in run.facts[0]
+
+
+@pytest.mark.parametrize("slowdown, is_told", [(20.0, True), (0.5, False)])
+def test_a_cpu_without_half_precision_is_told(photos, tmp_path, monkeypatch, slowdown, is_told):
+    asked = []
+    monkeypatch.setattr(checks, "half_precision_slowdown", lambda dtype: asked.append(dtype) or slowdown)
+    facts = set_up(options(photos, tmp_path, amp=True, amp_dtype="bfloat16"), CPU, 0, 1).facts
+    assert asked == [torch.bfloat16]
+    message = "warning: this CPU computes bfloat16 20 times as slowly as float32; --no-amp would be faster"
+    assert (message in facts) == is_told and any("as slowly" in fact for fact in facts) == is_told
+    set_up(options(photos, tmp_path, amp=False), CPU, 0, 1)
+    assert len(asked) == 1, "measured where it is asked for"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from mixpool.training.model import build_model, build_task, convert_as_asked, pr
 from mixpool.training.splits import check_classes, fingerprint, open_splits
 
 PROBE = 2  # images with which the checks run the model
+SLOW = 2  # times as slow as float32, from which on half precision is worth a warning
 
 
 @dataclass
@@ -104,6 +105,8 @@ def set_up(options, device: torch.device, rank: int, world_size: int) -> Run:
     facts = [_conversion(model, report), _sizes(train_set, val_set, options, world_size), str(memory)]
     if not memory.is_enough:
         facts.append("warning: this may not fit into the memory; a smaller batch_size with grad_accum_steps would")
+    if options.amp and device.type == "cpu":
+        facts += _slow_half_precision(getattr(torch, options.amp_dtype))
 
     model = prepare(model, options, device, world_size > 1)
     mixes = bool(options.mixup or options.cutmix or options.cutmix_minmax)
@@ -142,6 +145,14 @@ def set_up(options, device: torch.device, rank: int, world_size: int) -> Run:
         dataset=fingerprint(train_set, val_set),
         facts=facts,
     )
+
+
+def _slow_half_precision(dtype: torch.dtype) -> list[str]:
+    slowdown = checks.half_precision_slowdown(dtype)
+    if slowdown < SLOW:
+        return []
+    name = str(dtype).removeprefix("torch.")
+    return [f"warning: this CPU computes {name} {slowdown:.0f} times as slowly as float32; --no-amp would be faster"]
 
 
 def seed_everything(seed: int, rank: int) -> None:
