@@ -19,25 +19,27 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def machine_line(record: dict) -> str:
-    machine, code = record["machine"], record["code"]
+    code = record["code"]
     dirty = " with uncommitted changes" if code["dirty"] else ""
-    return (
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}; "
-        f"commit {code['commit']}{dirty}, `{record['command']}`, {record['time_utc'][:10]}."
-    )
+    place = _machine(record["machine"])
+    return f"{place}; commit {code['commit']}{dirty}, `{record['command']}`, {record['time_utc'][:10]}."
 
 
 def origins(found: list[dict], command: str) -> str:
-    """The same of many records of one command: their machine, all their commits, and from when to when."""
-    first, *others = found
-    assert all(r["machine"]["torch"] == first["machine"]["torch"] for r in others), "a table of one version of torch"
+    """The same of many records of one command: their machines, all their commits, and from when to when."""
+    versions = {record["machine"]["torch"] for record in found}
+    assert len(versions) == 1, f"expected a table of one version of torch, got {', '.join(sorted(versions))}"
+    machines = dict.fromkeys(_machine(record["machine"]) for record in found)
     commits = dict.fromkeys(r["code"]["commit"] + " (dirty)" * r["code"]["dirty"] for r in found)
     days = sorted({record["time_utc"][:10] for record in found})
-    machine = first["machine"]
-    return (
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}; "
-        f"commits {', '.join(commits)}; `{command}`, {days[0]}{f' to {days[-1]}' if len(days) > 1 else ''}."
-    )
+    period = f"{days[0]}{f' to {days[-1]}' if len(days) > 1 else ''}"
+    return f"{' and '.join(machines)}; commits {', '.join(commits)}; `{command}`, {period}."
+
+
+def _machine(machine: dict) -> str:
+    """Records made before 2026-11-24 do not have the CPU's instructions."""
+    cpu = " ".join([machine["cpu"], machine.get("cpu_capability", "")]).strip()
+    return f"{cpu}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}"
 
 
 def read(name: str, folder: Path = RECORDS) -> list[dict]:

@@ -40,6 +40,7 @@ def machine() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512 ...: some names do not tell
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "driver": _driver() if cuda else None,

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks import figures, tables
+from benchmarks import figures, markdown, tables
 from mixpool import records
 
 
@@ -15,6 +16,7 @@ def test_a_record_says_what_where_and_from_which_code(tmp_path):
     assert record["kind"] == "speed" and record["ms"] == {"p50": 1.5}
     assert record["machine"]["torch"] and record["code"]["version"] and record["time_utc"] and record["command"]
     assert {"gpu", "driver", "triton", "cuda", "cudnn"} <= record["machine"].keys()
+    assert record["machine"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert len(record["code"]["source"]) == 16
     path = tmp_path / "deep" / "r.jsonl"
     records.write(path, [record, {"kind": "eval"}])
@@ -90,3 +92,15 @@ def test_the_claims_of_the_theorys_page():
         assert (centre[:2, shifts.index(stride)] > of_max[:2, shifts.index(stride)]).all(), "at a whole stride"
         assert record["summary"]["largest_share_of_bound"] < 1
         assert min(gap for gap, shown in zip(record["gap"], kept, strict=True) if shown) > 0.4
+
+
+def test_records_of_several_machines_name_all_of_them():
+    record = records.stamp("speed")
+    other = record | {"machine": record["machine"] | {"cpu": "Abacus", "cpu_capability": "BEADS"}}
+    line = markdown.origins([record, other, record], "python -m benchmarks.speed")
+    assert line.count(" and ") == 1 and " and Abacus BEADS, " in line and "`python -m benchmarks.speed`" in line
+    assert torch.backends.cpu.get_cpu_capability() in markdown.machine_line(record)
+    older = {key: value for key, value in other["machine"].items() if key != "cpu_capability"}
+    assert markdown.machine_line(record | {"machine": older}).startswith("Abacus, ")
+    with pytest.raises(AssertionError, match="one version of torch"):
+        markdown.origins([record, record | {"machine": record["machine"] | {"torch": "0.1"}}], "")
