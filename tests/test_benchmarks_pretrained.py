@@ -17,7 +17,7 @@ from support import assert_close, assert_same_bits
 from torch import nn
 
 import benchmarks.pretrained as benchmark
-from benchmarks import open_nsfw, queue, tables_pretrained
+from benchmarks import markdown, open_nsfw, queue, tables_pretrained
 from benchmarks.pretrained import CALIBRATED, DISTILLED, VARIANTS, ZERO_SHOT, Network, Row
 from mixpool import analyze, convert, records
 from mixpool.checkpoint import converted_stems
@@ -135,7 +135,7 @@ def test_runs_and_their_table(tiny, tmp_path, monkeypatch):
     for stage, found in mixed["stages"].items():
         other = stock["stages"][stage if stage != CALIBRATED else ZERO_SHOT]
         for path in (("top1",), ("flip_probability", "diagonal", "1"), ("kl", "horizontal", "1")):
-            values = [tables_pretrained._at(part["summary"], path) for part in (other, found, found["difference"])]
+            values = [markdown.at(part["summary"], path) for part in (other, found, found["difference"])]
             assert values[2] == pytest.approx(values[1] - values[0], abs=1e-9), (stage, path)
     assert mixed["stages"][CALIBRATED]["difference"]["summary"]["kl"]["horizontal"]["1"] != 0
     before, after = mixed["stages"][CALIBRATED], mixed["stages"][DISTILLED]
