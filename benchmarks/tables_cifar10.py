@@ -40,6 +40,10 @@ def cifar10_designs() -> str:
     return _table("designs", before=("mixpool",))
 
 
+def cifar10_designs_float32() -> str:
+    return _table("designs_float32")
+
+
 def cifar10_full() -> str:
     return _with_outcome("full")
 
