@@ -128,12 +128,12 @@ class Row(NamedTuple):
 MAIN = ("stock", "blurpool", "cmod", "mixpool")
 DESIGNS = ("no_max_blur", "wavelet_64", "wide_blur", "wavelet_24_no_max_blur", "gabor_free", "blur_1", "free", "gabor")
 FLOAT32_DESIGNS = (
-    *("stock", "blurpool", "mixpool", "random", "wavelet_8", "wavelet_16", "wavelet_24", "wavelet_32", "gated"),
-    *("wavelet_blurpool", "random_free"),
+    *("random", "wavelet_8", "wavelet_16", "wavelet_24", "wavelet_32", "gated", "wavelet_blurpool", "random_free"),
 )
 # Name -> recipe and networks; the seed of batch_128 is 42.
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "main": ("half", MAIN),
+    "main_float32": ("half_float32", MAIN),
     "later": ("half", tuple(f"{name}_aa" for name in MAIN)),
     "bound": ("half", ("dense", "dense_aa")),
     "designs": ("half", DESIGNS),

@@ -27,6 +27,10 @@ def cifar10() -> str:
     return _with_outcome("main")
 
 
+def cifar10_float32() -> str:
+    return _with_outcome("main_float32")
+
+
 def cifar10_later() -> str:
     return _table("later")
 
@@ -41,7 +45,7 @@ def cifar10_designs() -> str:
 
 
 def cifar10_designs_float32() -> str:
-    return _table("designs_float32")
+    return _table("designs_float32", before=("stock", "mixpool"))
 
 
 def cifar10_full() -> str:
