@@ -36,6 +36,12 @@ RECIPES = {
     "half": Recipe("resnet18", "mixpool_resnet18", HALF),
     # for a CPU that has no bfloat16 of its own, and 20 times as slow in emulating it
     "half_float32": Recipe("resnet18", "mixpool_resnet18", HALF | {"amp": False}),
+    # ... and all epochs of the configuration
+    "half_30_float32": Recipe(
+        "resnet18",
+        "mixpool_resnet18",
+        {"model_kwargs": HALF["model_kwargs"], "val_interval": 5, "amp": False},
+    ),
     "alexnet": Recipe(
         "small_alexnet",
         "mixpool_small_alexnet",
@@ -138,6 +144,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "bound": ("half", ("dense", "dense_aa")),
     "designs": ("half", DESIGNS),
     "designs_float32": ("half_float32", FLOAT32_DESIGNS),
+    "main_30_float32": ("half_30_float32", MAIN),
     "full": ("full", MAIN),
     "alexnet": ("alexnet", (*MAIN, "wavelet_16", "wavelet_32_no_max_blur", "wavelet_48")),
     "batch_128": ("batch_128", ("stock", "wavelet_24_no_max_blur")),

@@ -17,6 +17,7 @@ from statistics import mean
 from benchmarks.markdown import machine_line, read, table
 from benchmarks.tables_cifar10 import (
     cifar10,
+    cifar10_30_float32,
     cifar10_alexnet,
     cifar10_bound,
     cifar10_designs,
@@ -240,6 +241,7 @@ TABLES: dict[str, Callable[[], str]] = {
         pretrained,
         cifar10,
         cifar10_alexnet,
+        cifar10_30_float32,
         cifar10_bound,
         cifar10_designs,
         cifar10_designs_float32,

@@ -31,6 +31,10 @@ def cifar10_float32() -> str:
     return _with_outcome("main_float32")
 
 
+def cifar10_30_float32() -> str:
+    return _with_outcome("main_30_float32")
+
+
 def cifar10_later() -> str:
     return _table("later")
 
