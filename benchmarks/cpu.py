@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import timing
+from benchmarks import command, timing
 from benchmarks.stems import RESNET, StemShape, backend_option, images, stem_parts, stock_stem
 from benchmarks.store import RECORDS
 from mixpool import MixPoolStem, records
@@ -105,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

@@ -16,6 +16,7 @@ import torchvision
 from rich.progress import track
 from torch import Tensor, nn
 
+from benchmarks import command
 from benchmarks.sample import RECORDS, shared_folder
 from mixpool import convert, records, revert
 from mixpool.find import find_stem
@@ -109,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

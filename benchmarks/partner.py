@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
+from benchmarks import command
 from benchmarks.sample import RECORDS, photos, shifted, squeezenet
 from mixpool import analytic_partner, analyze, filters, hilbert_partner, records
 from mixpool.filters import wrong_side_energy
@@ -61,7 +62,7 @@ def main() -> None:
         for name, (real, imag) in partners.items():
             pad = (real.shape[-1] - 7) // 2
             z = F.conv2d(batch, torch.cat([real, imag]), None, CONV.stride, pad)
-            envelope = modulus(*z.chunk(2, dim=1))
+            envelope = modulus(z)
             for blur, pooled in ((1, envelope[..., 1::2, 1::2]), (3, lowpass_pool(envelope, POOL))):
                 cmod = pooled[..., : rmax.shape[-2], : rmax.shape[-1]].double()
                 products = (rmax, cmod, rmax * rmax, cmod * cmod, rmax * cmod)
@@ -97,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

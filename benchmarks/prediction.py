@@ -23,6 +23,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from benchmarks import command
 from benchmarks.poolings import Maps, compare, filter_maps, packet_maps
 from benchmarks.sample import IMAGENET_STD, RECORDS, photos, squeezenet
 from benchmarks.selection import gabor_stem
@@ -184,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

@@ -17,6 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from benchmarks import command
 from benchmarks.sample import RECORDS, difference_interval, logits, photos, shifted, split, squeezenet
 from mixpool import MixPoolStem, analyze, convert, records
 from mixpool.calibration import measure
@@ -137,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
+from benchmarks import command
 from benchmarks.sample import RECORDS, difference_interval, logits, photos, shifted, split, squeezenet
 from mixpool import convert, records
 from mixpool.stability import relative_change
@@ -88,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)
