@@ -10,7 +10,7 @@ from benchmarks.markdown import origins, read, table
 from benchmarks.store import RECORDS
 
 NOT_RUN = "Not run yet."
-BRACKETS = "in brackets the lowest and the highest seed; where there is one, the 95 % interval over the images"
+BRACKETS = "in brackets the lowest and the highest seed; with one seed, the 95 % interval over the images"
 DIRECTIONS = {"h": "horizontal", "v": "vertical", "d": "diagonal"}
 FLIPS = {f"{way}{shift}": ("flip_probability", DIRECTIONS[way], shift) for way, shift in ("h1", "v1", "d1", "h2", "h4")}
 BASELINES = {"stock": "stock", "blurpool": "BlurPool"}
@@ -18,7 +18,7 @@ BASELINES = {"stock": "stock", "blurpool": "BlurPool"}
 NAMES = {
     "stock": "stock: max pooling",
     "blurpool": "BlurPool",
-    "cmod": "CMod of Leterme et al.",
+    "cmod": "CMod as in Leterme et al., 24 wavelets that train",
     "mixpool": "`mixpool_resnet18`: 48 wavelets on the modulus, 16 channels as BlurPool",
 }
 
