@@ -16,13 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from benchmarks.cifar10_variants import CONFIG, MODULES, TABLES, Row, rows
 from benchmarks.queue import run_each
 from benchmarks.sample import shared_folder
 from benchmarks.store import RECORDS
 from mixpool import records
 from mixpool.evaluate import evaluate
-from mixpool.evaluation.views import find_model_input
+from mixpool.evaluation.views import ModelInput, find_model_input
 from mixpool.labelled_images import open_images
 from mixpool.loading import load_model, read_checkpoint
 from mixpool.train import train
@@ -59,9 +61,8 @@ def run(row: Row, output: Path) -> dict[str, Any]:
             raise ValueError(f"expected a run of {row.definition()} in {finished.parent}, found one of {told}")
     else:
         trained = train(complete(place | {"device": "cpu", "workers": 1} | row.definition()))
-    checkpoint = read_checkpoint(output / row.name / LAST)
-    network = load_model(row.definition()["model"], checkpoint)
-    common = {"model_input": find_model_input(network, checkpoint.settings), "batch_size": 256, "workers": 1}
+    network, model_input = trained_network(row, output)
+    common = {"model_input": model_input, "batch_size": 256, "workers": 1}
     few = evaluate(network, open_images(data, split="test", limit=KL_IMAGES), protocols=("kl",), **common)
     found = evaluate(network, open_images(data, split="test"), protocols=("accuracy", "flips", "stem"), **common)
     record = found.as_record(
@@ -76,6 +77,13 @@ def run(row: Row, output: Path) -> dict[str, Any]:
         training={key: trained[key] for key in ("code", "settings", "final", "history")},
     )
     return record | {"kind": "eval", "top1": record["summary"]["top1"], "flip": _flips(record["summary"])}
+
+
+def trained_network(row: Row, output: Path) -> tuple[nn.Module, ModelInput]:
+    """The network of a run with its last weights, and what it wants for its input."""
+    checkpoint = read_checkpoint(output / row.name / LAST)
+    network = load_model(row.definition()["model"], checkpoint)
+    return network, find_model_input(network, checkpoint.settings)
 
 
 def _flips(summary: Mapping[str, Any]) -> dict[str, float]:
