@@ -23,6 +23,7 @@ NETWORKS = {
     "dense": ("dense stem, which hardly aliases", MUTED, "v", "--"),
 }
 SHIFTS = range(1, 9)  # pixels
+LABELLED_LEFT = ("free", "gabor", "no_max_blur")  # whose labels would lie on another's point on the right
 
 
 def plot_cifar10(found: Sequence[dict[str, Any]]) -> Figure:
@@ -38,7 +39,7 @@ def plot_cifar10(found: Sequence[dict[str, Any]]) -> Figure:
     figure = blank_figure(10.0, 4.5)
     figure.text(0.02, 0.945, "Trained from scratch on CIFAR-10 with different stems", size=13, weight="bold", **TEXT)
     first = next(iter(runs.values()))[0]
-    about = f"ResNet-18 with half the channels behind the stem, {first['epochs']} epochs, means over seeds."
+    about = f"ResNet-18 with half the channels behind the stem, {first['epochs']} epochs in bfloat16, means over seeds."
     figure.text(0.02, 0.89, about, size=9, color=MUTED)
     curves = inch_axes(figure, 0.65, 1.1, 4.0, 2.5)
     _draw_curves(curves, runs)
@@ -72,7 +73,8 @@ def _draw_designs(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
         axes.plot(flips, top1, marker, color=color, markerfacecolor=face, markersize=8 if name in NETWORKS else 6)
         if name not in NETWORKS:
             shown = name.replace("_", " ")
-            axes.annotate(shown, (flips, top1), (4, -3), textcoords="offset points", size=6.5, color=MUTED)
+            side, way = ("right", -5) if name in LABELLED_LEFT else ("left", 4)
+            axes.annotate(shown, (flips, top1), (way, -3), textcoords="offset points", size=6.5, color=MUTED, ha=side)
     axes.margins(0.12)
     _finish(axes, "Top-1, % (hollow: later layers blurred too)", "changed classes at 1 px, mean of h, v and d, %")
 

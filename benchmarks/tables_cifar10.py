@@ -14,12 +14,21 @@ BRACKETS = "in brackets the lowest and the highest seed; with one seed, the 95 %
 DIRECTIONS = {"h": "horizontal", "v": "vertical", "d": "diagonal"}
 FLIPS = {f"{way}{shift}": ("flip_probability", DIRECTIONS[way], shift) for way, shift in ("h1", "v1", "d1", "h2", "h4")}
 BASELINES = {"stock": "stock", "blurpool": "BlurPool"}
-# The networks of the first table, in words.
+# What benchmarks/cifar10_floor.py replaces, in words.
+STRAIGHT = {
+    "real": "nothing",
+    "straight": "the stem",
+    "max_straight": "its max channels",
+    "modulus_straight": "its modulus channels",
+}
+# The recipes of the first table: both of the same epochs.
+ARITHMETIC = {"half": "bfloat16", "half_float32": "float32"}
+# Its networks, in words.
 NAMES = {
     "stock": "stock: max pooling",
     "blurpool": "BlurPool",
-    "cmod": "CMod as in Leterme et al., 24 wavelets that train",
-    "mixpool": "`mixpool_resnet18`: 48 wavelets on the modulus, 16 channels as BlurPool",
+    "cmod": "CMod (Leterme et al.), 24 wavelets that train",
+    "mixpool": "`mixpool_resnet18`: 48 wavelets on the modulus, 16 as BlurPool",
 }
 
 
@@ -42,6 +51,33 @@ def cifar10_later() -> str:
 def cifar10_bound() -> str:
     """Stems that cost any price, beside those that they bound."""
     return _table("bound", before=("stock", "stock_aa", "mixpool", "mixpool_aa"))
+
+
+def cifar10_floor() -> str:
+    """What is left of the flips where the stem's output, or some of its channels, goes straight between grid points."""
+    if not (RECORDS / "cifar10_floor.jsonl").exists():
+        return NOT_RUN
+    found = read("cifar10_floor")
+    names = [name for name in FLIPS if name != "h4"]
+    rows = []
+    for record in found:
+        about = [record["variant"], record["recipe"], str(record["seed"])]
+        for straight, label in STRAIGHT.items():
+            if straight in record["flips"]:
+                cells = [_changed(record, straight, name) for name in names]
+                rows.append([*(about if straight == "real" else ["", "", ""]), label, *cells])
+    header = ["stem", "recipe", "seed", "what goes straight", *(f"flips % {name}" for name in names)]
+    count = found[0]["num_images"]
+    about = f"{count:,} test images; in brackets the change and its 95 % interval, paired by image"
+    return f"{table(header, rows)}\n\n{about}. {origins(found, 'python -m benchmarks.cifar10_floor')}"
+
+
+def _changed(record: dict, straight: str, name: str) -> str:
+    value = f"{record['flips'][straight][name]['mean']:.2f}"
+    if straight == "real":
+        return value
+    low, mean, high = (record["difference"][straight][name][end] for end in ("low", "mean", "high"))
+    return f"{value} ({mean:+.2f}, {low:+.2f} to {high:+.2f})"
 
 
 def cifar10_designs() -> str:
@@ -70,20 +106,20 @@ def cifar10_short() -> str:
         "top-1 %": ("top1",),
         **{f"flips % {DIRECTIONS[name[0]]}": path for name, path in FLIPS.items() if name[1] == "1"},
     }
-    runs = _runs("half", MAIN)
-    if not runs:
+    rows, everything = [], []
+    for recipe, arithmetic in ARITHMETIC.items():
+        for name, found in _runs(recipe, MAIN).items():
+            everything += found
+            cells = [_spread(found, path) for path in columns.values()]
+            rows.append([NAMES[name], f"{arithmetic}, {len(found)}", *cells])
+    if not rows:
         return NOT_RUN
-    everything = [record for found in runs.values() for record in found]
-    rows = [
-        [NAMES[name], str(len(found)), *(_spread(found, path) for path in columns.values())]
-        for name, found in runs.items()
-    ]
-    first = next(iter(runs.values()))[0]
+    first = everything[0]
     about = (
         f"ResNet-18 with half the channels behind the stem, CIFAR-10 (JPEG), {first['epochs']} epochs, "
         f"{first['num_images']:,} test images; {BRACKETS}. {origins(everything, 'python -m benchmarks.cifar10')}"
     )
-    return f"{table(['stem', 'seeds', *columns], rows)}\n\n{about}"
+    return f"{table(['stem', 'training in, seeds', *columns], rows)}\n\n{about}"
 
 
 def _table(name: str, before: Sequence[str] = ()) -> str:
