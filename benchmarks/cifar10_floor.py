@@ -3,7 +3,7 @@
     python -m benchmarks.cifar10_floor [RUN ...] [--output DIR]
 
 Runs are folders of `benchmarks.cifar10`, by name (half_float32-mixpool-0); default: all finished ones of the folder
-that have no record. A minute or two each on one core; adds to records/cifar10_floor.jsonl.
+that have no record. Some minutes each on one core; adds to records/cifar10_floor.jsonl.
 
 A shift by the stem's whole stride moves its output by one position, so there the stem has no part in what follows. In
 between, its output is replaced by the mean of the outputs at both of these shifts, weighted by the distance: it goes
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.cifar10 import KL_IMAGES, register_networks, trained_network
@@ -40,7 +41,7 @@ from mixpool.stability import DIRECTIONS
 from mixpool.training.saving import RECORD as TRAINING_RECORD
 
 RECORD = RECORDS / "cifar10_floor.jsonl"
-NUM_IMAGES = 2 * KL_IMAGES  # of the 10,000: up to 100 passes of each
+NUM_IMAGES = KL_IMAGES  # of the 10,000: up to 100 passes of each
 BATCH = 250
 SHIFTS = (1, 2, 4)  # pixels
 
@@ -81,7 +82,7 @@ def flips(network: nn.Module, wanted: ModelInput, images: Images) -> dict[str, T
 
     with at_work(network, None) as where:
         runner = Runner(network, wanted, where, None, None)
-        for batch in batches(images, [protocol.view], BATCH, 1, pin_memory=False):
+        for batch in track(batches(images, [protocol.view], BATCH, 1, pin_memory=False), "crops"):
             if batch.failed:
                 raise ValueError(f"cannot use {': '.join(batch.failed[0])}")
             frames = protocol.frames(batch.views[protocol.view], batch.places, seed=0)
@@ -132,6 +133,7 @@ def main() -> None:
         parser.error(f"expected finished runs of {output} ({', '.join(sorted(finished))}), got {', '.join(missing)}")
     known = {_name(record) for record in records.read(RECORD)} if RECORD.exists() else set()
     register_networks()
+    torch.set_num_threads(1)  # other runs may have the other cores
     for name in options.runs or sorted(finished - known):
         recipe, variant, seed = name.split("-")
         records.append(RECORD, run(Row(variant, recipe, int(seed)), output))
