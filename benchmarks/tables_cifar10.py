@@ -14,7 +14,7 @@ BRACKETS = "in brackets the lowest and the highest seed; with one seed, the 95 %
 DIRECTIONS = {"h": "horizontal", "v": "vertical", "d": "diagonal"}
 FLIPS = {f"{way}{shift}": ("flip_probability", DIRECTIONS[way], shift) for way, shift in ("h1", "v1", "d1", "h2", "h4")}
 BASELINES = {"stock": "stock", "blurpool": "BlurPool"}
-# What benchmarks/cifar10_floor.py replaces, in words.
+# What benchmarks/cifar10_straight.py replaces, in words.
 STRAIGHT = {
     "real": "nothing",
     "straight": "the stem",
@@ -53,11 +53,11 @@ def cifar10_bound() -> str:
     return _table("bound", before=("stock", "stock_aa", "mixpool", "mixpool_aa"))
 
 
-def cifar10_floor() -> str:
+def cifar10_straight() -> str:
     """What is left of the flips where the stem's output, or some of its channels, goes straight between grid points."""
-    if not (RECORDS / "cifar10_floor.jsonl").exists():
+    if not (RECORDS / "cifar10_straight.jsonl").exists():
         return NOT_RUN
-    found = read("cifar10_floor")
+    found = read("cifar10_straight")
     names = [name for name in FLIPS if name != "h4"]
     rows = []
     for record in found:
@@ -69,7 +69,7 @@ def cifar10_floor() -> str:
     header = ["stem", "recipe", "seed", "what goes straight", *(f"flips % {name}" for name in names)]
     count = found[0]["num_images"]
     about = f"{count:,} test images; in brackets the change and its 95 % interval, paired by image"
-    return f"{table(header, rows)}\n\n{about}. {origins(found, 'python -m benchmarks.cifar10_floor')}"
+    return f"{table(header, rows)}\n\n{about}. {origins(found, 'python -m benchmarks.cifar10_straight')}"
 
 
 def _changed(record: dict, straight: str, name: str) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from support import assert_close
 
-from benchmarks import cifar10, cifar10_floor
+from benchmarks import cifar10, cifar10_straight
 from benchmarks.cifar10_variants import RECIPES, TABLES, Row, rows
 from benchmarks.tables_cifar10 import outcome
 from mixpool import analytic_partner
@@ -166,14 +166,14 @@ def test_a_row_is_recorded_once(queue_folder, monkeypatch, capsys):
     assert queued == [Row("stock", "half", 7)] and "1 of 2 runs" in capsys.readouterr().out
 
 
-# --- what is left where nothing aliases in the stem -------------------------------------------------------------------
+# --- what is left where the stem goes straight -----------------------------------------------------------------------
 
 
 def test_straightened_maps_go_straight_between_multiples_of_the_step():
     maps = [torch.full((2, 3, 1, 1), float(value)) for value in [0, *(k * k for k in range(1, 9))] + [0, 5] * 8]
-    along = [m[0, 0].item() for m in cifar10_floor.straightened(maps, step=4)]
+    along = [m[0, 0].item() for m in cifar10_straight.straightened(maps, step=4)]
     assert along[:9] == [0, 4, 8, 12, 16, 28, 40, 52, 64]  # the squares at 0, 4 and 8, and straight lines between
-    kept = cifar10_floor.straightened(maps, step=4, channels=torch.tensor([1]))[2]
+    kept = cifar10_straight.straightened(maps, step=4, channels=torch.tensor([1]))[2]
     assert kept.shape == (2, 3, 1, 1) and kept[0, :, 0, 0].tolist() == [4, 8, 4]
     assert maps[2].eq(4).all()  # the maps that came in are as they were
 
@@ -182,33 +182,33 @@ def test_real_maps_have_the_flips_of_the_protocol_and_straight_ones_the_same_end
     images = open_images(queue_folder / "data" / "cifar10", split="test")
     network = built("mixpool").eval()
     wanted = find_model_input(network, {"img_size": 32})
-    found = cifar10_floor.flips(network, wanted, images)
+    found = cifar10_straight.flips(network, wanted, images)
     assert set(found) == {"real", "straight", "max_straight", "modulus_straight"}
     assert found["real"].shape == (10, 3, 8)
     truth = evaluate(network, images, protocols=("flips",), model_input=wanted).values["flip_probability"]
     assert torch.equal(found["real"], truth)
     for values in found.values():  # 8 pixels apart there is one pair, both of whose maps stay
         assert torch.equal(values[..., 7], truth[..., 7])
-    assert set(cifar10_floor.flips(built("stock").eval(), wanted, images)) == {"real", "straight"}
+    assert set(cifar10_straight.flips(built("stock").eval(), wanted, images)) == {"real", "straight"}
 
 
-def test_the_floor_of_a_run_is_recorded_once(queue_folder, monkeypatch, capsys):
-    monkeypatch.setattr(cifar10_floor, "RECORD", queue_folder / "floor.jsonl")
+def test_a_run_with_straightened_maps_is_recorded_once(queue_folder, monkeypatch, capsys):
+    monkeypatch.setattr(cifar10_straight, "RECORD", queue_folder / "straight.jsonl")
     row = Row("mixpool", "half", 7)
     cifar10.run(row, queue_folder)
     capsys.readouterr()
-    monkeypatch.setattr("sys.argv", ["cifar10_floor", "--output", str(queue_folder)])
-    cifar10_floor.main()
-    cifar10_floor.main()
+    monkeypatch.setattr("sys.argv", ["cifar10_straight", "--output", str(queue_folder)])
+    cifar10_straight.main()
+    cifar10_straight.main()
     assert capsys.readouterr().out == "half-mixpool-7: recorded\n"
-    (line,) = (queue_folder / "floor.jsonl").read_text().splitlines()
+    (line,) = (queue_folder / "straight.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert (record["variant"], record["num_images"]) == ("mixpool", 10)
     assert set(record["flips"]["straight"]) == {f"{way}{k}" for way in "hvd" for k in (1, 2, 4)}
     low, mean, high = (record["difference"]["straight"]["h1"][end] for end in ("low", "mean", "high"))
     assert low <= mean <= high
     assert mean == pytest.approx(record["flips"]["straight"]["h1"]["mean"] - record["flips"]["real"]["h1"]["mean"])
-    monkeypatch.setattr("sys.argv", ["cifar10_floor", "half-stock-7", "--output", str(queue_folder)])
+    monkeypatch.setattr("sys.argv", ["cifar10_straight", "half-stock-7", "--output", str(queue_folder)])
     with pytest.raises(SystemExit, match="2"):
-        cifar10_floor.main()
+        cifar10_straight.main()
     assert "expected finished runs" in capsys.readouterr().err

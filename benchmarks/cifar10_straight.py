@@ -1,15 +1,15 @@
-"""How many flips a trained network of CIFAR-10 keeps if nothing aliases in its stem: the share that is not the stem's.
+"""How many flips a trained network of CIFAR-10 keeps if its stem's output goes straight from grid point to grid point.
 
-    python -m benchmarks.cifar10_floor [RUN ...] [--output DIR]
+    python -m benchmarks.cifar10_straight [RUN ...] [--output DIR]
 
 Runs are folders of `benchmarks.cifar10`, by name (half_float32-mixpool-0); default: all finished ones of the folder
-that have no record. Some minutes each on one core; adds to records/cifar10_floor.jsonl.
+that have no record. Some minutes each on one core; adds to records/cifar10_straight.jsonl.
 
 A shift by the stem's whole stride moves its output by one position, so there the stem has no part in what follows. In
-between, its output is replaced by the mean of the outputs at both of these shifts, weighted by the distance: it goes
-straight from the one to the other, which no aliasing, nor any other detour, makes longer. The layers behind it stay as
-they were trained. What flips then flips behind the stem. In a mixed stem this is also done to the max channels alone
-and to the modulus channels alone.
+between, its output is replaced by the mean of the outputs at both of these shifts, weighted by the distance: no
+aliasing, nor any other detour, makes that way longer. The layers behind it stay as they were trained; what flips then
+flips behind the stem. In a mixed stem this is also done to the max channels alone and to the modulus channels alone.
+It is no bound: a diagonal mean shows the later layers every edge twice, which they have never seen.
 
 Legend: N images, T = 25 frames (the protocol "flips": the first crop, then 8 along each of 3 directions).
 """
@@ -40,7 +40,7 @@ from mixpool.metrics import bootstrap_interval
 from mixpool.stability import DIRECTIONS
 from mixpool.training.saving import RECORD as TRAINING_RECORD
 
-RECORD = RECORDS / "cifar10_floor.jsonl"
+RECORD = RECORDS / "cifar10_straight.jsonl"
 NUM_IMAGES = KL_IMAGES  # of the 10,000: up to 100 passes of each
 BATCH = 250
 SHIFTS = (1, 2, 4)  # pixels
@@ -99,7 +99,7 @@ def run(row: Row, output: Path) -> dict[str, Any]:
     found = flips(network, wanted, open_images(output / "data" / "cifar10", split="test", limit=NUM_IMAGES))
     differences = {name: values - found["real"] for name, values in found.items() if name != "real"}
     return records.stamp(
-        "floor",
+        "straight",
         dataset="cifar10_jpeg",
         variant=row.variant,
         recipe=row.recipe,
