@@ -24,10 +24,10 @@ from benchmarks.tables_cifar10 import (
     cifar10_designs_float32,
     cifar10_first,
     cifar10_float32,
-    cifar10_straight,
     cifar10_full,
     cifar10_later,
     cifar10_short,
+    cifar10_straight,
 )
 from benchmarks.tables_cost import cost_count, cost_growth, cost_short, cost_time
 from benchmarks.tables_evaluation import evaluation, evaluation_speed
@@ -248,10 +248,10 @@ TABLES: dict[str, Callable[[], str]] = {
         cifar10_designs_float32,
         cifar10_first,
         cifar10_float32,
-        cifar10_straight,
         cifar10_full,
         cifar10_later,
         cifar10_short,
+        cifar10_straight,
         cost_count,
         cost_time,
         cost_growth,
