@@ -26,7 +26,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.cifar10 import KL_IMAGES, register_networks, trained_network
-from benchmarks.cifar10_variants import Row
+from benchmarks.cifar10_variants import RECIPES, Row
 from benchmarks.dense_stem import TOTAL_STRIDE
 from benchmarks.store import RECORDS
 from mixpool import records
@@ -127,21 +127,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/cifar10"), help="folder of the runs (%(default)s)")
     options = parser.parse_args()
     output = options.output.absolute()
-    finished = {place.parent.name for place in output.glob(f"*/{TRAINING_RECORD}")}
-    missing = sorted(set(options.runs) - finished)
+    finished = {row.name: row for row in map(_row_of, output.glob(f"*/{TRAINING_RECORD}")) if row is not None}
+    missing = sorted(set(options.runs) - set(finished))
     if missing:
-        parser.error(f"expected finished runs of {output} ({', '.join(sorted(finished))}), got {', '.join(missing)}")
-    known = {_name(record) for record in records.read(RECORD)} if RECORD.exists() else set()
+        parser.error(f"expected finished ResNets of {output} ({', '.join(finished)}), got {', '.join(missing)}")
+    found = records.read(RECORD) if RECORD.exists() else ()
+    known = {Row(record["variant"], record["recipe"], record["seed"]).name for record in found}
     register_networks()
     torch.set_num_threads(1)  # other runs may have the other cores
-    for name in options.runs or sorted(finished - known):
-        recipe, variant, seed = name.split("-")
-        records.append(RECORD, run(Row(variant, recipe, int(seed)), output))
-        print(f"{name}: recorded", flush=True)
+    for name in options.runs or sorted(finished):
+        if name not in known:
+            records.append(RECORD, run(finished[name], output))
+        print(f"{name}: {'has a record' if name in known else 'recorded'}", flush=True)
 
 
-def _name(record: dict[str, Any]) -> str:
-    return Row(record["variant"], record["recipe"], record["seed"]).name
+def _row_of(record: Path) -> Row | None:
+    """The run of a training's record; None if it is of another queue or another network than a ResNet."""
+    recipe, *rest = record.parent.name.split("-")
+    is_resnet = recipe in RECIPES and RECIPES[recipe].stock == "resnet18"
+    return Row(rest[0], recipe, int(rest[1])) if is_resnet else None
 
 
 if __name__ == "__main__":

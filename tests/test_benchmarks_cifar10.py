@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from support import assert_close
 
-from benchmarks import cifar10, cifar10_straight
+from benchmarks import cifar10, cifar10_straight, tables_cifar10
 from benchmarks.cifar10_variants import RECIPES, TABLES, Row, rows
 from benchmarks.tables_cifar10 import outcome
-from mixpool import analytic_partner
+from mixpool import analytic_partner, records
 from mixpool.checkpoint import converted_stems
 from mixpool.evaluate import evaluate
 from mixpool.evaluation.views import find_model_input
@@ -200,7 +200,8 @@ def test_a_run_with_straightened_maps_is_recorded_once(queue_folder, monkeypatch
     monkeypatch.setattr("sys.argv", ["cifar10_straight", "--output", str(queue_folder)])
     cifar10_straight.main()
     cifar10_straight.main()
-    assert capsys.readouterr().out.count("half-mixpool-7: recorded") == 1
+    out = capsys.readouterr().out
+    assert out.count("half-mixpool-7: recorded") == out.count("half-mixpool-7: has a record") == 1
     (line,) = (queue_folder / "straight.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert (record["variant"], record["num_images"]) == ("mixpool", 10)
@@ -208,7 +209,30 @@ def test_a_run_with_straightened_maps_is_recorded_once(queue_folder, monkeypatch
     low, mean, high = (record["difference"]["straight"]["h1"][end] for end in ("low", "mean", "high"))
     assert low <= mean <= high
     assert mean == pytest.approx(record["flips"]["straight"]["h1"]["mean"] - record["flips"]["real"]["h1"]["mean"])
-    monkeypatch.setattr("sys.argv", ["cifar10_straight", "half-stock-7", "--output", str(queue_folder)])
-    with pytest.raises(SystemExit, match="2"):
-        cifar10_straight.main()
-    assert "expected finished runs" in capsys.readouterr().err
+    for name in ("alexnet-stock-0", "another"):  # finished, but no ResNet of the queue
+        (queue_folder / name).mkdir()
+        (queue_folder / name / cifar10.TRAINING_RECORD).write_text("")
+    for name in ("half-stock-7", "alexnet-stock-0", "another"):
+        monkeypatch.setattr("sys.argv", ["cifar10_straight", name, "--output", str(queue_folder)])
+        with pytest.raises(SystemExit, match="2"):
+            cifar10_straight.main()
+        assert f"(half-mixpool-7), got {name}" in capsys.readouterr().err
+
+
+def test_the_table_of_straight_maps_shows_values_changes_and_intervals(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables_cifar10, "RECORDS", tmp_path)
+    assert tables_cifar10.cifar10_straight() == tables_cifar10.NOT_RUN
+    before, after, change = (
+        {"low": low, "mean": mean, "high": high} for low, mean, high in ((1, 2, 3), (0, 1.5, 2), (-0.75, -0.5, 0.25))
+    )
+    names = ("h1", "v1", "d1", "h2")
+    record = records.stamp("straight", variant="stock", recipe="half", seed=3, num_images=10)
+    record["flips"] = {"real": dict.fromkeys(names, before), "straight": dict.fromkeys(names, after)}
+    record["difference"] = {"straight": dict.fromkeys(names, change)}
+    found = [record]
+    monkeypatch.setattr(tables_cifar10, "read", lambda name: found)
+    (tmp_path / "cifar10_straight.jsonl").touch()
+    lines = tables_cifar10.cifar10_straight().splitlines()
+    assert lines[2] == "| stock | half | 3 | nothing |" + " 2.00 |" * 4
+    assert lines[3] == "|  |  |  | the stem |" + " 1.50 (-0.50, -0.75 to +0.25) |" * 4
+    assert len(lines) == 6 and lines[5].startswith("10 test images")
