@@ -73,6 +73,7 @@ def run(row: Row, output: Path) -> dict[str, Any]:
         epochs=trained["epochs"],
         definition=row.definition(),
         kl=few.summary()["kl"],
+        kl_ci95=few.as_record()["ci95"]["kl"],
         kl_images=few.num_images,
         training={key: trained[key] for key in ("code", "settings", "final", "history")},
     )

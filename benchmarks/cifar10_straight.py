@@ -32,7 +32,7 @@ from benchmarks.store import RECORDS
 from mixpool import records
 from mixpool.checkpoint import converted_stems
 from mixpool.evaluation.loader import batches
-from mixpool.evaluation.protocols import MAX_SHIFT, Flips
+from mixpool.evaluation.protocols import MAX_SHIFT, Flips, frames_of_directions
 from mixpool.evaluation.runner import Runner, at_work
 from mixpool.evaluation.views import ModelInput
 from mixpool.labelled_images import Images, open_images
@@ -54,8 +54,7 @@ def straightened(maps: Sequence[Tensor], step: int = TOTAL_STRIDE, channels: Ten
         channels: indices of the channels that are replaced; default all.
     """
     moved = list(maps)
-    for direction in range(len(DIRECTIONS)):
-        frames = [0, *range(1 + direction * MAX_SHIFT, 1 + (direction + 1) * MAX_SHIFT)]
+    for frames in frames_of_directions(MAX_SHIFT):
         for shift, frame in enumerate(frames):
             before, part = shift // step * step, shift % step / step
             if part:

@@ -150,6 +150,8 @@ def test_a_row_is_recorded_once(queue_folder, monkeypatch, capsys):
     assert record["kind"] == "eval" and record["dataset"] == "cifar10_jpeg"
     assert (record["variant"], record["seed"], record["epochs"]) == ("mixpool_aa", 7, 1)
     assert record["num_images"] == 10 and record["kl_images"] == 4
+    low, high = record["kl_ci95"]["horizontal"]["1"]
+    assert low <= record["kl"]["horizontal"]["1"] <= high
     assert set(record["flip"]) == {f"{way}{k}" for way in "hvd" for k in (1, 2, 3, 4)}
     assert record["flip"]["h1"] == record["summary"]["flip_probability"]["horizontal"]["1"]
     assert cifar10.has_record(row)
@@ -236,3 +238,13 @@ def test_the_table_of_straight_maps_shows_values_changes_and_intervals(monkeypat
     assert lines[2] == "| stock | half | 3 | nothing |" + " 2.00 |" * 4
     assert lines[3] == "|  |  |  | the stem |" + " 1.50 (-0.50, -0.75 to +0.25) |" * 4
     assert len(lines) == 6 and lines[5].startswith("10 test images")
+
+
+def test_kl_is_shown_with_the_seeds_range_or_the_images_interval_or_neither():
+    def run(value: float, **more) -> dict:
+        return {"kl": {"horizontal": {"1": value}}, **more}
+
+    ends = {"kl_ci95": {"horizontal": {"1": [0.01, 0.04]}}}
+    assert tables_cifar10._kl_spread([run(0.02), run(0.03, **ends)]) == "2.50 (2.00 to 3.00)"
+    assert tables_cifar10._kl_spread([run(0.02, **ends)]) == "2.00 (1.00 to 4.00)"
+    assert tables_cifar10._kl_spread([run(0.02)]) == "2.00"

@@ -179,7 +179,7 @@ class Flips:
     def measure(self, outputs: Iterator[Tensor], labels: Tensor) -> dict[str, Tensor]:
         """flip_probability: (N, 3, 8) shares, by direction and distance."""
         classes = torch.stack([logits.argmax(dim=1) for logits in outputs], dim=1)
-        curves = [flip_curve(classes[:, frames]) for frames in _frames_of_directions(MAX_SHIFT)]
+        curves = [flip_curve(classes[:, frames]) for frames in frames_of_directions(MAX_SHIFT)]
         return {"flip_probability" + ("" if self.is_normalized else "_raw"): torch.stack(curves, dim=1)}
 
 
@@ -259,7 +259,7 @@ def _offsets(last: int) -> list[tuple[int, int]]:
     return [(0, 0), *moved]
 
 
-def _frames_of_directions(last: int) -> list[list[int]]:
+def frames_of_directions(last: int) -> list[list[int]]:
     """Numbers of the frames of each direction, the common first one included."""
     return [[0, *range(1 + i * last, 1 + (i + 1) * last)] for i in range(len(DIRECTIONS))]
 
