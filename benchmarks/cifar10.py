@@ -23,14 +23,14 @@ from benchmarks.queue import run_each
 from benchmarks.sample import shared_folder
 from benchmarks.store import RECORDS
 from mixpool import records
-from mixpool.evaluate import evaluate
-from mixpool.evaluation.views import ModelInput, find_model_input
-from mixpool.labelled_images import open_images
-from mixpool.loading import load_model, read_checkpoint
-from mixpool.train import train
-from mixpool.training.checkpoint import LAST
+from mixpool.evaluation.dataset import open_images
+from mixpool.evaluation.evaluate import evaluate
+from mixpool.evaluation.model_input import ModelInput, find_model_input
+from mixpool.timm_models.loading import load_model, read_checkpoint
 from mixpool.training.configuration import complete
 from mixpool.training.saving import RECORD as TRAINING_RECORD
+from mixpool.training.state_file import LAST
+from mixpool.training.train import train
 
 RECORD = RECORDS / "cifar10.jsonl"
 KL_IMAGES = 2000  # of the 10,000: its 49 crops of each take longer than all others

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from mixpool.plots import MAX_COLOR, MODULUS_COLOR, MUTED, OTHER_COLORS, TEXT, blank_figure, inch_axes
+from mixpool.figures import MAX_COLOR, MODULUS_COLOR, MUTED, OTHER_COLORS, TEXT, blank_figure, inch_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -30,14 +30,14 @@ from benchmarks.cifar10_variants import RECIPES, Row
 from benchmarks.dense_stem import TOTAL_STRIDE
 from benchmarks.store import RECORDS
 from mixpool import records
-from mixpool.checkpoint import converted_stems
+from mixpool.conversion.stock import converted_stems
+from mixpool.evaluation.dataset import Images, open_images
 from mixpool.evaluation.loader import batches
+from mixpool.evaluation.metrics import bootstrap_interval
+from mixpool.evaluation.model_input import ModelInput
 from mixpool.evaluation.protocols import MAX_SHIFT, Flips, frames_of_directions
 from mixpool.evaluation.runner import Runner, at_work
-from mixpool.evaluation.views import ModelInput
-from mixpool.labelled_images import Images, open_images
-from mixpool.metrics import bootstrap_interval
-from mixpool.stability import DIRECTIONS
+from mixpool.evaluation.shifts import DIRECTIONS
 from mixpool.training.saving import RECORD as TRAINING_RECORD
 
 RECORD = RECORDS / "cifar10_straight.jsonl"

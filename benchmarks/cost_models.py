@@ -62,7 +62,7 @@ def _network(name: str, variant: str, size: dict[str, Any]) -> nn.Module:
     import timm
 
     import mixpool.timm_models  # noqa: F401  registers mixpool_*
-    from mixpool.alexnet import AlexNet
+    from mixpool.timm_models.alexnet import AlexNet
 
     if variant in OPTIONS:
         options = OPTIONS[variant] | ({"num_bank": 32 if name == "alexnet" else 24} if variant == CMOD else {})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mixpool.timm_models  # noqa: F401  registers it
 from mixpool import revert
-from mixpool.wavelet_stem import initialize
+from mixpool.conversion.initialize import initialize
 
 SIGMA, RADIUS = 2.0, 5  # pixels; at the new Nyquist frequency of pi / 4 the Gaussian has fallen to 0.3
 TOTAL_STRIDE = 4

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from benchmarks.sample import CROP, RECORDS, shared_folder, split, squeezenet
 from mixpool import convert, records
-from mixpool.data import normalize
-from mixpool.evaluate import CPU_BATCH, DEFAULT, evaluate
+from mixpool.evaluation.dataset import Images, open_images
+from mixpool.evaluation.evaluate import CPU_BATCH, DEFAULT, evaluate
+from mixpool.evaluation.model_input import ModelInput
+from mixpool.evaluation.photos import normalize
 from mixpool.evaluation.result import difference_record
 from mixpool.evaluation.table import table_text
-from mixpool.evaluation.views import ModelInput, OwnView
-from mixpool.labelled_images import Images, open_images
+from mixpool.evaluation.views import OwnView
 
 ROUNDS = 3
 INPUT = ModelInput(size=CROP, crop_ratio=CROP / 256)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from benchmarks.cifar10_plot import plot_cifar10
 from benchmarks.sample import RECORDS
+from benchmarks.theory.plots import DPI, write_figures
 from mixpool import records
-from mixpool.plots import save_figure
-from mixpool.theory_plots import DPI, write_figures
+from mixpool.figures import save_figure
 
 DOCS = Path(__file__).parents[1] / "docs"
 

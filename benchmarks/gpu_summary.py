@@ -12,7 +12,11 @@ from typing import NamedTuple
 
 KERNELS = {("max", None): "max", ("modulus", 1): "modulus1", ("modulus", 3): "modulus3"}
 MODES = {"forward": "inference", "full": "training"}
-PRODUCTS = {"bfloat16": "bfloat16", "float16": "float16", "tf32": "float32"}  # as mixpool.backend names a case's dtype
+PRODUCTS = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "tf32": "float32",
+}  # as mixpool.ops.backend names a case's dtype
 COMPILED = ("compiled", "max-autotune", "max-autotune no graphs")
 TUNED = ("max-autotune", "max-autotune no graphs")
 

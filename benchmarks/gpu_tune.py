@@ -19,8 +19,8 @@ from benchmarks.gpu_stem import rounded
 from benchmarks.store import NOT_RUN, Store
 from benchmarks.timing import Budget
 from mixpool import records
-from mixpool.fused.blocks import TABLES, Blocks
-from mixpool.fused.geometry import KINDS, StemGeometry
+from mixpool.ops.fused.blocks import TABLES, Blocks
+from mixpool.ops.fused.geometry import KINDS, StemGeometry
 
 PURPOSES = ("inference", "training", "backward")
 SECONDS = 3.0  # to compile one candidate
@@ -105,7 +105,7 @@ def timed(kind: str, purpose: str, blank: dict[Blocks, dict], device: str, dry: 
 
 def problem(kind: str, purpose: str, device: str, dry: bool) -> Callable[[Blocks], tuple[Callable[[], None], Tensor]]:
     """A function that makes a kernel's call with given blocks, and the tensor that it writes."""
-    from mixpool.fused import launch
+    from mixpool.ops.fused import launch
 
     size, n_images, n = (20, 2, 4) if dry else (224, 256, 32)
     dtype = torch.float16 if dry else torch.bfloat16

@@ -4,7 +4,7 @@
     python -m benchmarks.image_model --minutes 0            measures the present numbers only
 
 Fifteen numbers, by random search from the present ones. What is compared, between the pictures and every second of the
-500 photos: gap, correlations and instabilities of the poolings (`mixpool.comparison`), and the gain and the offset of
+500 photos: gap, correlations and instabilities of the poolings (`selection.compare`), and the gain and the offset of
 the best affine map from the blurred modulus to the maximum; of the wavelet packets of depths 2 and 3 and of
 SqueezeNet's band-pass filters. The other photos and other stems are for `benchmarks.prediction`.
 """
@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.poolings import compare, filter_maps, packet_maps
 from benchmarks.sample import IMAGENET_MEAN, IMAGENET_STD, RECORDS, photos, squeezenet
 from mixpool import analytic_partner, analyze, records
-from mixpool.dead_leaves import PHOTOGRAPHS, ImageModel, dead_leaves
-from mixpool.prediction import NUM_PICTURES
+from mixpool.selection.pictures import PHOTOGRAPHS, ImageModel, dead_leaves
+from mixpool.selection.predict import NUM_PICTURES
 
 # Where the search looks. `contrast` follows from the others; `brightness` acts only on filters that see the mean and
 # was set by hand (1.7, of 0.8 to 2.2 tried on SqueezeNet's and open_nsfw's low-pass filters).

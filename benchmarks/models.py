@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks import command
 from benchmarks.sample import RECORDS, shared_folder
 from mixpool import convert, records, revert
-from mixpool.find import find_stem
+from mixpool.conversion.find import find_stem
 
 TIERS = ("A:", "A3:", "D:")
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from benchmarks import command
 from benchmarks.sample import RECORDS, photos, shifted, squeezenet
-from mixpool import analytic_partner, analyze, filters, hilbert_partner, records
-from mixpool.filters import wrong_side_energy
-from mixpool.reference import ConvGeometry, PoolGeometry, centers_are_inside, lowpass_pool, max_pool, modulus
+from mixpool import analytic_partner, analyze, hilbert_partner, records
+from mixpool.filters import spectrum as filters
+from mixpool.filters.partner import wrong_side_energy
+from mixpool.ops.geometry import ConvGeometry, PoolGeometry, centers_are_inside
+from mixpool.ops.reference import lowpass_pool, max_pool, modulus
 
 CONV = ConvGeometry((2, 2))
 POOL = PoolGeometry((3, 3), (2, 2), (0, 0), True)

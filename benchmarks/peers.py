@@ -48,10 +48,10 @@ from benchmarks.peer_stems import (
 from benchmarks.stems import RESNET, Unavailable, images, stem_parts
 from benchmarks.store import NOT_RUN, RECORDS, Store, identity
 from mixpool import convert, records
-from mixpool.data import IMAGENET_MEAN, IMAGENET_STD, demo_photos, load_images, normalize
-from mixpool.demo import set_gabor_bank
-from mixpool.find import find_stem
-from mixpool.stability import BORDER, DIRECTIONS, change_curve, shifted_crop
+from mixpool.conversion.find import find_stem
+from mixpool.evaluation.demo import set_gabor_bank
+from mixpool.evaluation.photos import IMAGENET_MEAN, IMAGENET_STD, demo_photos, load_images, normalize
+from mixpool.evaluation.shifts import BORDER, DIRECTIONS, change_curve, shifted_crop
 
 SIZE, SHIFTS = 224, (1, 2, 4)
 ROUNDS = {"forward": {"stem": 41, "resnet18": 15}, "full": {"stem": 15, "resnet18": 9}}
@@ -271,7 +271,7 @@ def squeezenet_with(provider: str, model: nn.Module, calibration: Tensor) -> int
 def network(store: Store) -> Found:
     from benchmarks.evaluation import INPUT, photos, prepared
     from benchmarks.sample import split, squeezenet
-    from mixpool.evaluate import evaluate
+    from mixpool.evaluation.evaluate import evaluate
     from mixpool.evaluation.result import difference_record
 
     case = "squeezenet1_0"

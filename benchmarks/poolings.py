@@ -1,4 +1,4 @@
-"""How filters pool photographs: the statistics of `mixpool.comparison`, of explicit filters and of wavelet packets."""
+"""How filters pool photographs: the statistics of `selection.compare`, of explicit filters and of wavelet packets."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.sample import IMAGENET_STD
-from mixpool.comparison import Comparison, Poolings, pool_both
-from mixpool.dtcwpt import DTCWPT, dtcwpt_filters
+from mixpool.filters.packets import DTCWPT, dtcwpt_filters
+from mixpool.selection.compare import Comparison, Poolings, pool_both
 
 GRAY = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
 

@@ -28,8 +28,8 @@ from benchmarks.poolings import Maps, compare, filter_maps, packet_maps
 from benchmarks.sample import IMAGENET_STD, RECORDS, photos, squeezenet
 from benchmarks.selection import gabor_stem
 from mixpool import analytic_partner, analyze, records
-from mixpool.dtcwpt import dtcwpt_filters
-from mixpool.prediction import predict
+from mixpool.filters.packets import dtcwpt_filters
+from mixpool.selection.predict import predict
 
 STATISTICS = (
     "gap",

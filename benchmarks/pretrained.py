@@ -35,18 +35,18 @@ from benchmarks.queue import run_each
 from benchmarks.sample import shared_folder, split
 from benchmarks.store import RECORDS
 from mixpool import analyze, convert, records
-from mixpool.checkpoint import converted_stems
-from mixpool.evaluate import evaluate
+from mixpool.conversion.find import find_stem
+from mixpool.conversion.stock import converted_stems
+from mixpool.evaluation.dataset import open_images
+from mixpool.evaluation.evaluate import evaluate
 from mixpool.evaluation.result import Evaluation, Speed, difference_record
-from mixpool.find import find_stem
-from mixpool.labelled_images import open_images
-from mixpool.loading import load_model
-from mixpool.prediction import pictures_for
-from mixpool.selection import MAX_DC_SHARE
-from mixpool.train import train
-from mixpool.training.checkpoint import LAST, save
+from mixpool.selection.predict import pictures_for
+from mixpool.selection.rules import MAX_DC_SHARE
+from mixpool.timm_models.loading import load_model
 from mixpool.training.configuration import complete
 from mixpool.training.data import evaluation_images
+from mixpool.training.state_file import LAST, save
+from mixpool.training.train import train
 
 RECORD = RECORDS / "pretrained.jsonl"
 NUM_TRAIN, CALIBRATION = 250, 100  # photos

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from benchmarks import command
 from benchmarks.sample import RECORDS, difference_interval, logits, photos, shifted, split, squeezenet
 from mixpool import MixPoolStem, analyze, convert, records
-from mixpool.calibration import measure
-from mixpool.prediction import pictures_for
-from mixpool.selection import MAX_DC_SHARE, select_by_filter
+from mixpool.selection.calibrate import measure
+from mixpool.selection.predict import pictures_for
+from mixpool.selection.rules import MAX_DC_SHARE, select_by_filter
 
 NUMBERS = ("predicted_correlation_blur3", "slow_share", "phase_step", "relative_bandwidth", "concentration", "dc_share")
 

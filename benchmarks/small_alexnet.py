@@ -9,8 +9,8 @@ from __future__ import annotations
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from mixpool.alexnet import AlexNet
-from mixpool.timm_models import MixPoolModel
+from mixpool.timm_models.alexnet import AlexNet
+from mixpool.timm_models.model import MixPoolModel
 
 default_cfgs = generate_default_cfgs(
     {

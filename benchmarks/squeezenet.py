@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from benchmarks import command
 from benchmarks.sample import RECORDS, difference_interval, logits, photos, shifted, split, squeezenet
 from mixpool import convert, records
-from mixpool.stability import relative_change
+from mixpool.evaluation.shifts import relative_change
 
 SHIFTS = {"h1": (0, 1), "d1": (1, 1), "h2": (0, 2), "d2": (2, 2), "h4": (0, 4), "d4": (4, 4)}
 
 
 @torch.no_grad()
 def stem_change(stem: nn.Module, images: Tensor, channels: Tensor) -> Tensor:
-    """(channels,) change of the stem's output under a horizontal shift by 1 pixel, see `mixpool.stability`."""
+    """(channels,) change of the stem's output under a horizontal shift by 1 pixel, see `mixpool.evaluation.shifts`."""
     here, there = (torch.cat([stem(shifted(b, 0, dx))[:, channels] for b in images.split(50)]) for dx in (0, 1))
     return relative_change(here, there)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mixpool import MixPoolStem, convert
-from mixpool.gabor import gabor_bank
+from mixpool.filters.gabor import gabor_bank
 
 
 class Unavailable(Exception):

@@ -34,7 +34,7 @@ from benchmarks.tables_evaluation import evaluation, evaluation_speed
 from benchmarks.tables_gpu import gpu, gpu_memory, gpu_models, gpu_others, gpu_targets, measured
 from benchmarks.tables_peers import peers_cost, peers_functions, peers_network, peers_stability
 from benchmarks.tables_pretrained import pretrained
-from mixpool.theory_table import summary_rows
+from benchmarks.theory.table import summary_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "theory.md")

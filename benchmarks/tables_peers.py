@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.markdown import machine_line, read, table
 from benchmarks.store import RECORDS
-from mixpool.stability import DIRECTIONS
+from mixpool.evaluation.shifts import DIRECTIONS
 
 NOT_RUN = "Not run yet."
 SAME = 1e-9  # of the outputs' std, in float64: below, two modules are the same function

@@ -1,15 +1,15 @@
 """mixpool: stems of convolutional networks whose channels pool by the maximum or by the modulus."""
 
-from mixpool.checkpoint import stock_state_dict
-from mixpool.convert import convert, revert
-from mixpool.filters import analytic_filter, analytic_partner, hilbert_partner
-from mixpool.find import StemError
-from mixpool.functional import mixpool2d
-from mixpool.layers import BlurPoolStem, CModStem, MixPoolStem, why_not_fused
-from mixpool.plan import ChannelPlan
-from mixpool.report import ConversionReport
-from mixpool.stats import FilterStats, analyze
-from mixpool.wavelet_stem import initialize, wavelet_stem
+from mixpool.conversion.convert import convert, revert
+from mixpool.conversion.find import StemError
+from mixpool.conversion.initialize import initialize, wavelet_stem
+from mixpool.conversion.report import ConversionReport
+from mixpool.conversion.stock import stock_state_dict
+from mixpool.filters.partner import analytic_filter, analytic_partner, hilbert_partner
+from mixpool.ops.functional import mixpool2d
+from mixpool.selection.plan import ChannelPlan
+from mixpool.selection.stats import FilterStats, analyze
+from mixpool.stem.module import BlurPoolStem, CModStem, MixPoolStem, why_not_fused
 
 __version__ = "0.1.0"
 

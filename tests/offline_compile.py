@@ -57,10 +57,10 @@ def calls(
 ) -> Iterator[tuple]:
     """(name, call, matrix or None) of the kernels that a stem of 2 n_channels launches, from tensors without storage.
 
-    `replaced` are fields of the blocks that are not to be those of mixpool.fused.blocks.
+    `replaced` are fields of the blocks that are not to be those of mixpool.ops.fused.blocks.
     """
-    from mixpool.fused import launch
-    from mixpool.fused.geometry import StemGeometry, padded_places
+    from mixpool.ops.fused import launch
+    from mixpool.ops.fused.geometry import StemGeometry, padded_places
 
     geometry = StemGeometry(*STEMS[stem], 3, 224, 224)
 
@@ -168,7 +168,7 @@ def resources(compiled, arch: int) -> dict[str, int]:
 
 def choice(name: str, matrix, dtype: torch.dtype) -> dict:
     """The blocks of a kernel, and the shared memory that they were chosen for."""
-    from mixpool.fused.blocks import shared_bytes
+    from mixpool.ops.fused.blocks import shared_bytes
 
     purpose = "backward" if "backward" in name else "inference"
     expected = shared_bytes(matrix.kind, purpose, matrix.blocks, matrix.depth, dtype.itemsize)

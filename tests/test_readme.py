@@ -26,18 +26,18 @@ def test_it_is_short_and_its_links_exist():
 
 
 DOCTESTED = (
-    "comparison",
-    "convert",
-    "dead_leaves",
-    "dtcwpt",
-    "experiment",
-    "functional",
-    "layers",
-    "prediction",
-    "stats",
-    "theory",
-    "wavelet_bank",
-    "wavelet_stem",
+    "benchmarks.theory.experiment",
+    "mixpool.conversion.convert",
+    "mixpool.conversion.initialize",
+    "mixpool.filters.packets",
+    "mixpool.filters.theory",
+    "mixpool.filters.wavelets",
+    "mixpool.ops.functional",
+    "mixpool.selection.compare",
+    "mixpool.selection.pictures",
+    "mixpool.selection.predict",
+    "mixpool.selection.stats",
+    "mixpool.stem.module",
 )
 
 
@@ -48,6 +48,6 @@ def test_docstring_examples_run(module):
 
     from torch import nn
 
-    loaded = importlib.import_module(f"mixpool.{module}")
+    loaded = importlib.import_module(module)
     result = doctest.testmod(loaded, extraglobs={"torch": torch, "nn": nn})
     assert result.attempted > 0 and result.failed == 0

@@ -1,4 +1,4 @@
-"""The evaluation of classifiers under shifts, from the image to the figure; `mixpool.evaluate` runs it.
+"""The evaluation of classifiers under shifts, from the image to the figure; `evaluate` runs it.
 
 views        from a photo to a square of bytes, and what input a model wants
 protocols    which crops of an image a model sees, and what is taken from its outputs

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from mixpool.data import UnreadableImage
+from mixpool.evaluation.dataset import Failure, Images, Stream
+from mixpool.evaluation.photos import UnreadableImage
 from mixpool.evaluation.protocols import Place
 from mixpool.evaluation.views import OwnView, SquareView
-from mixpool.labelled_images import Failure, Images, Stream
 
 if TYPE_CHECKING:
     from PIL import Image

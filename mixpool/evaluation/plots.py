@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from mixpool.evaluation.result import METRICS
-from mixpool.plots import MAX_COLOR, MODULUS_COLOR, MUTED, OTHER_COLORS, TEXT, blank_figure, inch_axes, save_figure
-from mixpool.stability import DIRECTIONS
+from mixpool.evaluation.shifts import DIRECTIONS
+from mixpool.figures import MAX_COLOR, MODULUS_COLOR, MUTED, OTHER_COLORS, TEXT, blank_figure, inch_axes, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -37,9 +37,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixpool.evaluation.views import ModelInput, OwnView, SquareView
-from mixpool.metrics import flip_curve, kl_divergence, shift_consistency, top_k
-from mixpool.stability import DIRECTIONS
+from mixpool.evaluation.metrics import flip_curve, kl_divergence, shift_consistency, top_k
+from mixpool.evaluation.model_input import ModelInput
+from mixpool.evaluation.shifts import DIRECTIONS
+from mixpool.evaluation.views import OwnView, SquareView
 
 MARGIN, SMALL = 32, 64  # Zhang's and the circular shifts', and the side below which it shrinks; pixels
 MAX_SHIFT = 8  # of flips and KL, pixels

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mixpool import records
+from mixpool.evaluation.metrics import Interval, bootstrap_interval
 from mixpool.evaluation.protocols import MAX_SHIFT
+from mixpool.evaluation.shifts import DIRECTIONS
 from mixpool.evaluation.stem_change import stem_change, stem_difference
-from mixpool.metrics import Interval, bootstrap_interval
-from mixpool.stability import DIRECTIONS
 
 _PIXELS = tuple(str(k) for k in range(1, MAX_SHIFT + 1))
 _HALF_PIXELS = tuple(f"{k / 2:g}" for k in range(1, 2 * MAX_SHIFT + 1))

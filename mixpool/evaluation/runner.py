@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from mixpool.evaluation.views import ModelInput
+from mixpool.evaluation.model_input import ModelInput
 
 
 @contextlib.contextmanager

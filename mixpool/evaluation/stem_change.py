@@ -1,4 +1,4 @@
-"""How much a model's stem changes when its input moves, on the frames of the flips: `mixpool.stability` over a dataset.
+"""How much a model's stem changes when its input moves, on the frames of the flips: `evaluation.shifts` over a dataset.
 
 `stability.relative_change` wants all feature maps at once. Its three means, over images and positions, are taken here
 from sums per image, so that a dataset of any size fits and the bootstrap can draw images.
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mixpool.checkpoint import converted_stems, unwrapped
+from mixpool.conversion.find import StemError, find_stem
+from mixpool.conversion.stock import converted_stems, unwrapped
+from mixpool.evaluation.metrics import Interval, percentile_ends, resampled_means
 from mixpool.evaluation.protocols import Flips, Place, SquareView
-from mixpool.find import StemError, find_stem
-from mixpool.metrics import Interval, percentile_ends, resampled_means
-from mixpool.stability import BORDER, DIRECTIONS
+from mixpool.evaluation.shifts import BORDER, DIRECTIONS
 
 MAX_IMAGES = 1000  # of a dataset, evenly spread: the interval is then narrow enough, and the sums stay small
 
@@ -65,7 +65,7 @@ def stem_change(sums: Mapping[str, Tensor]) -> Interval:
     """(D, K) change, mean over the channels that are not constant, with its 95 % bootstrap interval over images.
 
     change_c(k) = sqrt(mean (f_c(x_k) - f_c(x_0))^2) / sqrt(mean (f_c(x_0) - mean f_c(x_0))^2), the means over images
-    and positions, as in `mixpool.stability`. Its unit is the channel's own standard deviation; less is steadier.
+    and positions, as in `evaluation.shifts`. Its unit is the channel's own standard deviation; less is steadier.
 
     Bootstrap samples in which all channels are constant say nothing and are left out.
 

@@ -1,4 +1,4 @@
-"""Training on timm's own parts, from the options to the checkpoint; `mixpool.train` runs them.
+"""Training on timm's own parts, from the options to the checkpoint; `train` runs them.
 
 options        what a run can be told: timm's keys, and a few of ours
 configuration  those options, read from a YAML file and the command line

@@ -30,7 +30,16 @@ def write_summary(folder: Path, history: Sequence[dict[str, Any]]) -> None:
 
 def draw_curves(folder: Path, history: Sequence[dict[str, Any]], title: str) -> None:
     """curves.png: loss, accuracy and learning rate over the epochs."""
-    from mixpool.plots import MAX_COLOR, MODULUS_COLOR, MUTED, OTHER_COLORS, TEXT, blank_figure, inch_axes, save_figure
+    from mixpool.figures import (
+        MAX_COLOR,
+        MODULUS_COLOR,
+        MUTED,
+        OTHER_COLORS,
+        TEXT,
+        blank_figure,
+        inch_axes,
+        save_figure,
+    )
 
     figure = blank_figure(10.4, 3.4)
     figure.text(0.06, 0.93, title, size=11, **TEXT)

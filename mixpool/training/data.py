@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from mixpool.data import UnreadableImage
-from mixpool.labelled_images import Images
+from mixpool.evaluation.dataset import Images
+from mixpool.evaluation.photos import UnreadableImage
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's names of images with so many channels
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixpool.checkpoint import converted_stems
-from mixpool.convert import convert, revert
-from mixpool.data import IMAGENET_MEAN, IMAGENET_STD
-from mixpool.loading import TORCHVISION, create_model, load_checkpoint, read_state
+from mixpool.conversion.convert import convert, revert
+from mixpool.conversion.stock import converted_stems
+from mixpool.evaluation.photos import IMAGENET_MEAN, IMAGENET_STD
+from mixpool.timm_models.loading import TORCHVISION, create_model, load_checkpoint, read_state
 
 MIXPOOL = "mixpool_"
 

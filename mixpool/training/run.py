@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixpool.checkpoint import converted_stems
+from mixpool.conversion.stock import converted_stems
 from mixpool.training import checks, data
 from mixpool.training.model import build_model, build_task, convert_as_asked, prepare, stock_teacher
 from mixpool.training.splits import check_classes, fingerprint, open_splits

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixpool.training import checkpoint
+from mixpool.training import state_file
 from mixpool.training.loop import DivergedError
 from mixpool.training.options import OPTIONS
 from mixpool.training.run import Position, Run
 
 RECORD, LOCK = "record.jsonl", ".lock"
 FORMAT = 1  # of the entry `run`
-WRITTEN = (checkpoint.LAST, checkpoint.BEST, RECORD, "summary.csv", "curves.png")
+WRITTEN = (state_file.LAST, state_file.BEST, RECORD, "summary.csv", "curves.png")
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def save(run: Run, also_as_best: bool = False) -> None:
     """
     _check_finite(run)
     mine = {
-        "generators": checkpoint.generator_states(run.device),
+        "generators": state_file.generator_states(run.device),
         "loss_sum": run.position.loss_sum,
         "num_images": run.position.num_images,
         # Until they are averaged after an epoch, the running statistics of the processes differ.
@@ -88,8 +88,8 @@ def save(run: Run, also_as_best: bool = False) -> None:
         }
         # The best one first: killed in between, the epoch is trained again and gives the same file.
         if also_as_best:
-            checkpoint.save(run.folder / checkpoint.BEST, state)
-        checkpoint.save(run.folder / checkpoint.LAST, state)
+            state_file.save(run.folder / state_file.BEST, state)
+        state_file.save(run.folder / state_file.LAST, state)
     _barrier(run)
 
 
@@ -100,7 +100,7 @@ def resume(run: Run, log: Callable[[str], None]) -> None:
         ValueError: it belongs to another run, to another number of processes, or is not the same for all of them.
         FileNotFoundError: the file `resume` does not exist.
     """
-    path = run.folder / checkpoint.LAST
+    path = run.folder / state_file.LAST
     if run.options.resume and not path.exists():
         path = Path(run.options.resume)
         if not path.exists():
@@ -108,7 +108,7 @@ def resume(run: Run, log: Callable[[str], None]) -> None:
     _check_all_see(run, path)
     if not path.exists():
         return
-    state = checkpoint.load(path)
+    state = state_file.load(path)
     if state["run"].get("format") != FORMAT:
         raise ValueError(f"{path} was written by another version of mixpool, which has to continue it")
     before, now = state["run"]["settings"], binding(run)
@@ -134,7 +134,7 @@ def resume(run: Run, log: Callable[[str], None]) -> None:
         run.scheduler.load_state_dict(state["run"]["scheduler"])
     run.position = Position(**state["run"]["position"])
     run.position.loss_sum, run.position.num_images = mine["loss_sum"], mine["num_images"]
-    checkpoint.set_generator_states(mine["generators"], run.device)
+    state_file.set_generator_states(mine["generators"], run.device)
     log(f"continuing {path} at epoch {run.position.epoch}, batch {run.position.batch}")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from mixpool.labelled_images import STREAMS, Images, open_images, read_class_map
+from mixpool.evaluation.dataset import STREAMS, Images, open_images, read_class_map
 
 FEW = 3  # names that a message shows
 

@@ -1,0 +1,83 @@
+"""The modules of a stock stem: which of them a MixPoolStem can take over, and what it has to know of them."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+from torch import nn
+
+from mixpool.filters.spectrum import pair
+from mixpool.ops.geometry import PoolGeometry
+from mixpool.ops.norm import is_supported_norm
+
+# Activations that never decrease, so that they commute with a maximum.
+_INCREASING_ACTIVATIONS = (
+    nn.Identity,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.Hardtanh,
+    nn.Softplus,
+    nn.Sigmoid,
+    nn.Tanh,
+)
+
+
+def pool_geometry(pool: nn.MaxPool2d) -> PoolGeometry:
+    """The geometry of an nn.MaxPool2d, as pairs."""
+    return PoolGeometry(
+        pair(pool.kernel_size),
+        pair(pool.stride if pool.stride is not None else pool.kernel_size),
+        pair(pool.padding),
+        pool.ceil_mode,
+    )
+
+
+def check_parts(conv: nn.Module, norm: nn.Module | None, act: nn.Module, pool: nn.Module) -> None:
+    """Raise ValueError naming the first part of a stem that a MixPoolStem cannot take over."""
+    if type(conv) is not nn.Conv2d:
+        raise ValueError(f"expected the convolution to be an nn.Conv2d, got {describe(conv)}")
+    if not isinstance(conv._parameters.get("weight"), nn.Parameter):
+        raise ValueError(
+            "expected the convolution's weight to be a plain parameter, got one that is computed (weight norm, "
+            "spectral norm or pruning): make it permanent first"
+        )
+    if conv.weight.is_meta:
+        raise ValueError("expected the convolution's weights to exist, got a meta tensor: load weights first")
+    if conv.groups != 1 or conv.padding_mode != "zeros":
+        raise ValueError(f"expected groups=1 and zero padding, got {conv.groups=} and {conv.padding_mode=}")
+    if conv.padding == "same":
+        raise ValueError('expected numbers as the convolution\'s padding, got "same"')
+    if norm is not None and not is_supported_norm(norm):
+        raise ValueError(f"expected a batch norm of torch, torchvision or timm, got {describe(norm)}")
+    if norm is not None:
+        channels = getattr(norm, "num_features", None) or len(norm.weight)
+        if channels != conv.out_channels:
+            raise ValueError(f"expected a norm layer of {conv.out_channels} channels, got {norm}")
+    increasing = type(act) in _INCREASING_ACTIVATIONS and getattr(act, "negative_slope", 0) >= 0
+    if not increasing or any(getattr(act, name, 1) < 0 for name in ("alpha",)):
+        raise ValueError(
+            f"expected an increasing activation such as ReLU (it has to commute with a maximum), got {describe(act)}"
+        )
+    if type(pool) is not nn.MaxPool2d:
+        raise ValueError(f"expected the pooling to be an nn.MaxPool2d, got {describe(pool)}")
+    if pair(pool.dilation) != (1, 1) or pool.return_indices:
+        raise ValueError(f"expected a max pool with dilation=1 and return_indices=False, got {pool}")
+
+
+def without_hooks(act: nn.Module) -> nn.Module:
+    """The activation, or a copy of it if it has hooks: the stem calls it on parts of its output."""
+    names = [name for name in vars(act) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))]
+    if any(getattr(act, name) for name in names):
+        act = copy.copy(act)
+        for name in names:
+            setattr(act, name, OrderedDict())
+    return act
+
+
+def describe(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -1,0 +1,515 @@
+"""`evaluate` on models whose answers are known in closed form."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from mixpool import convert, records
+from mixpool.evaluation.dataset import Images, Stream
+from mixpool.evaluation.evaluate import DEFAULT, evaluate
+from mixpool.evaluation.protocols import PROTOCOLS, Consistency, ModelInput, Place
+from mixpool.evaluation.result import METRICS, difference_record, paired_difference
+from mixpool.evaluation.shifts import change_curve
+from mixpool.evaluation.stem_change import find_stem_of
+
+SIZE = 32
+PLAIN = ModelInput(size=SIZE, crop_ratio=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+class Parity(nn.Module):
+    """Class 0 if the bright column is an even one, 1 if it is odd."""
+
+    def forward(self, x):
+        columns = x.sum(dim=(1, 2))
+        return torch.stack([columns[:, ::2].sum(dim=1), columns[:, 1::2].sum(dim=1)], dim=1)
+
+
+class MeanColor(nn.Module):
+    """Logits from the mean of the picture alone, which no circular shift changes."""
+
+    def forward(self, x):
+        means = x.double().mean(dim=(2, 3)).float()
+        return means @ torch.tensor([[3.0, 0.1, -2], [-1, 2, 0.3], [0.4, -1, 1.5]])
+
+
+class OnePixel(nn.Module):
+    """Two logits, the pixel (16, 16) in red and 0."""
+
+    def forward(self, x):
+        return torch.stack([x[:, 0, 16, 16], torch.zeros(len(x), device=x.device)], dim=1)
+
+
+def line(column, side):
+    """A black square with one bright column; none for None."""
+    pixels = np.zeros((side, side, 3), dtype=np.uint8)
+    if column is not None:
+        pixels[:, column] = 255
+    return Image.fromarray(pixels)
+
+
+def noise(count, side=64):
+    return [(Image.fromarray(np.uint8(torch.randint(256, (side, side, 3)))), i % 2) for i in range(count)]
+
+
+def run(model, images, *protocols, **options):
+    options = {"model_input": PLAIN, "workers": 0, **options}
+    return evaluate(model, images, protocols=protocols, **options)
+
+
+# --- known answers ----------------------------------------------------------------------------------------------------
+
+
+def test_flips_of_a_model_of_known_answers():
+    # Pictures of 40 x 40 pass the resize to 32 + 8 as they are.
+    images = [(line(column, 40), 0) for column in (12, 25, None)]
+    result = run(Parity(), images, "flips")
+    flips = result.values["flip_probability"]
+    odd_steps = torch.tensor([1.0, 0] * 4).double()
+    for row in (0, 1):
+        assert torch.equal(flips[row], torch.stack([odd_steps, 0 * odd_steps, odd_steps]))
+    assert flips[2].count_nonzero() == 0
+    curve = result.summary()["flip_probability"]["diagonal"]
+    assert list(curve) == [str(k) for k in range(1, 9)]
+    assert list(curve.values()) == pytest.approx([200 / 3, 0] * 4)
+
+
+# Pictures that pass the resize to 64 + 32, or to 32 + 4, as they are.
+@pytest.mark.parametrize(("size", "side"), [(64, 96), (32, 36)])
+def test_consistency_of_a_model_of_known_answers(size, side):
+    images = [(line(size, side), 0) for _ in range(40)]
+    protocol = Consistency(size)
+    offsets = np.stack([protocol.offsets(Place(i, i), 5) for i in range(40)])  # (40, 2, 2)
+    # The column leaves the crop where that starts at column 0, and an empty crop is of class 0.
+    classes = np.where(offsets[:, :, 1] == 0, 0, (size - offsets[:, :, 1]) % 2)
+    expected = classes[:, 0] == classes[:, 1]
+    assert 5 < expected.sum() < 35 and (offsets[:, :, 1] == 0).any()
+    result = run(Parity(), images, "consistency", seed=5, model_input=replace(PLAIN, size=size))
+    assert result.values["shift_consistency"].tolist() == expected.tolist()
+    assert result.summary()["shift_consistency"] == pytest.approx(100 * expected.mean())
+    assert result.settings["margin"] == side - size
+
+
+@pytest.mark.parametrize(("size", "side"), [(64, 96), (32, 36)])
+def test_circular_consistency_of_a_model_of_known_answers(size, side):
+    images = [(line(side // 2, side), 0) for _ in range(40)]
+    same = run(Parity(), images, "circular", model_input=replace(PLAIN, size=size)).values["circular_consistency"]
+    draws = [np.random.SeedSequence((0, 3, i)).generate_state(4) for i in range(40)]
+    assert same.tolist() == [(int(draw[1]) - int(draw[3])) % 2 == 0 for draw in draws]
+
+
+def test_a_model_of_the_mean_alone_is_circularly_consistent():
+    result = run(MeanColor(), noise(30), "circular")
+    assert result.summary() == {"circular_consistency": 100}
+    assert run(Parity(), noise(30), "circular").summary()["circular_consistency"] < 100, "the test can fail"
+
+
+def test_kl_of_a_model_that_sees_no_position_is_zero():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.tensor([[1.0, -2, 3]]).repeat(len(x), 1)
+
+    assert run(Constant(), noise(3), "kl", "kl-raw").values["kl"].abs().max() == 0
+
+
+@pytest.mark.parametrize(("protocol", "is_normalized"), [("kl", True), ("kl-raw", False)])
+def test_kl_of_a_ramp_in_closed_form_normalised_and_not(protocol, is_normalized):
+    # Column x has the value 2x. Halved from offset j on, column i has 2 (2i + j + 1/2), since the filter is symmetric.
+    side = 2 * (SIZE + 8)
+    ramp = np.repeat(np.uint8(2 * np.arange(side))[None, :, None], side, axis=0).repeat(3, axis=2)
+    wanted = ModelInput(size=SIZE, mean=(0.2,) * 3, std=(0.1,) * 3)
+    result = run(OnePixel(), [(Image.fromarray(ramp), 0)], protocol, model_input=wanted)
+    mean, std = (0.2, 0.1) if is_normalized else (0, 1)
+
+    def probabilities(j):
+        logit = ((2 * (2 * 16 + j) + 1) / 255 - mean) / std
+        return 1 / (1 + math.exp(-logit)), 1 / (1 + math.exp(logit))
+
+    def kl(j):
+        return sum(p * math.log(p / q) for p, q in zip(probabilities(0), probabilities(j)))
+
+    (values,) = result.values.values()
+    expected = [kl(j) for j in range(1, 17)]
+    assert values[0, 0].tolist() == pytest.approx(expected, rel=1e-4)  # float32 logits
+    assert values[0, 2].tolist() == pytest.approx(expected, rel=1e-4)
+    assert values[0, 1].abs().max() == 0
+    other = run(OnePixel(), [(Image.fromarray(ramp), 0)], "kl-raw" if is_normalized else "kl", model_input=wanted)
+    assert not torch.allclose(values, *other.values.values(), rtol=0.5)
+
+
+def test_accuracy_of_known_labels():
+    images = [(line(column, SIZE), label) for column, label in ((4, 0), (5, 0), (6, 0), (7, 1))]
+    result = run(Parity(), images, "accuracy", "accuracy-wcnn")
+    assert result.values["top1"].tolist() == [1, 0, 1, 1]
+    assert result.summary() == {"top1": 75, "top1_wcnn": 75}
+    low, high = result.as_record()["ci95"]["top1"]
+    assert low == 25 and high == 100
+
+
+def test_the_stems_change_is_that_of_stability():
+    model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6))
+    for channel in (0, 1):
+        model[1].bias.data[channel] = 2.0 * channel
+    model.eval()
+    images = noise(6, 72)
+    wanted = ModelInput(size=64)
+    result = run(model, images, "stem", model_input=wanted, batch_size=4)
+    # The first frame is the corner: cut so that it is the centre of a crop with a margin of 8 on the other side alone.
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image, _ in images]).float() / 255
+    pixels = (pixels - torch.tensor(wanted.mean)[:, None, None]) / torch.tensor(wanted.std)[:, None, None]
+    padded = torch.nn.functional.pad(pixels, (8, 0, 8, 0))
+    for direction, curve in result.summary()["stem_change"].items():
+        expected = change_curve(model[:4], padded, 64, range(1, 9), direction).nanmean(dim=1)
+        assert list(curve.values()) == pytest.approx(expected.tolist(), rel=1e-4)
+    low, high = result.as_record()["ci95"]["stem_change"]["horizontal"]["1"]
+    assert low < result.summary()["stem_change"]["horizontal"]["1"] < high
+    assert result.speed.num_frames == 0
+
+
+def _head(channels):
+    return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 2)
+
+
+# --- independence -----------------------------------------------------------------------------------------------------
+
+ALL = tuple(PROTOCOLS)
+
+
+class Lopsided(MeanColor):
+    """A model whose answers change with every shift."""
+
+    def forward(self, x):
+        ramp = torch.linspace(-4, 4, x.shape[-1])
+        return super().forward(torch.sin(8 * x * ramp + 3 * ramp[:, None])) * 30
+
+
+def test_results_do_not_depend_on_batch_size_and_workers():
+    images = noise(19)
+    first = run(Lopsided(), images, *ALL, batch_size=19)
+    second = run(Lopsided(), images, *ALL, batch_size=4, workers=2)
+    assert first.values.keys() == second.values.keys() and len(first.values) == 9
+    for name, values in first.values.items():
+        torch.testing.assert_close(second.values[name], values, rtol=1e-5, atol=1e-7)
+        assert values.std(dim=0).max() > 0 or name.startswith("top"), name
+    other = run(Lopsided(), images, "consistency", "circular", seed=1)
+    assert any(not torch.equal(other.values[name], first.values[name]) for name in other.values)
+
+
+def test_a_limit_does_not_change_the_shifts_of_an_image():
+    images = noise(20)
+    whole = run(Lopsided(), images, "consistency")
+    part = run(Lopsided(), Images(images, limit=7), "consistency")
+    assert part.indices.tolist() == [1, 4, 7, 10, 12, 15, 18] and part.num_found == 20
+    assert torch.equal(part.values["shift_consistency"], whole.values["shift_consistency"][part.indices])
+
+
+def test_a_stream_gives_what_a_dataset_gives():
+    images = noise(11)
+    whole, stream = run(Lopsided(), images, *ALL), run(Lopsided(), Stream(images), *ALL, workers=2, batch_size=3)
+    for name, values in whole.values.items():
+        torch.testing.assert_close(stream.values[name], values, rtol=1e-5, atol=1e-7)
+    assert stream.num_found == 11 and run(Lopsided(), Stream(images, limit=4), "flips").num_found is None
+
+
+# --- the model comes back as it was -----------------------------------------------------------------------------------
+
+
+def small_model():
+    return timm.create_model("resnet10t", num_classes=2)
+
+
+def test_modes_and_weights_stay():
+    model = small_model().train()
+    model.layer2.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    run(model, noise(3), "accuracy", model_input=ModelInput(size=64), channels_last=True)
+    assert [module.training for module in model.modules()] == modes and False in modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert next(model.parameters()).is_contiguous() and torch.is_grad_enabled()
+    model(torch.rand(2, 3, 64, 64)).sum().backward()
+
+
+def test_modes_stay_when_something_fails():
+    model = small_model().train()
+    with pytest.raises(ValueError, match="label 7"):
+        run(model, [(line(1, 64), 7)], "accuracy", model_input=ModelInput(size=64))
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_stock_and_converted_models_on_all_protocols_of_the_default():
+    model = timm.create_model("resnet18", num_classes=4).eval()
+    images = [(image, label) for image, label in noise(3)]
+    stock = run(model, images, *DEFAULT, model_input=ModelInput(size=64))
+    convert(model, select="all")
+    mixed = run(model, images, *DEFAULT, model_input=ModelInput(size=64))
+    assert list(stock.summary()) == list(mixed.summary())
+    assert set(stock.summary()) <= METRICS.keys() and "stem_change" in stock.summary()
+    assert stock.notes[-1] == "stem: conv1 -> bn1 -> act1 -> maxpool" and "MixPoolStem" in mixed.notes[-1]
+    assert stock.speed.num_frames == 3 * (1 + 2 + 2 + 25 + 49)
+    changes = [result.summary()["stem_change"]["horizontal"]["1"] for result in (stock, mixed)]
+    assert 0 < changes[1] < changes[0]
+    difference = paired_difference(stock, mixed)["stem_change"]
+    assert difference.mean[0, 0].item() == pytest.approx(changes[1] - changes[0]) and difference.high[0, 0] < 0
+
+
+def test_the_stem_function_is_the_models():
+    model = timm.create_model("densenet121", num_classes=2).eval()  # its norm layer holds the activation
+    x = torch.randn(1, 3, 64, 64)
+    stem, note = find_stem_of(model)
+    with torch.no_grad():
+        torch.testing.assert_close(stem(x), model.features.pool0(model.features.norm0(model.features.conv0(x))))
+    assert note == "stem: features.conv0 -> features.norm0 -> features.pool0"
+
+
+def test_a_model_without_a_stem_is_told():
+    result = run(MeanColor(), noise(2), "circular", "stem")
+    assert "stem change not applicable" in result.notes[0] and "stem_change" not in result.summary()
+    with pytest.raises(ValueError, match="nothing to measure: stem change not applicable"):
+        run(MeanColor(), noise(2), "stem")
+
+
+def test_a_compiled_model():
+    result = run(torch.compile(MeanColor(), backend="eager"), noise(2), "circular")
+    assert result.summary() == {"circular_consistency": 100}
+
+
+def test_half_precision():
+    model = small_model().eval()
+    full = run(model, noise(2), "kl", model_input=ModelInput(size=64))
+    amp = run(model, noise(2), "kl", model_input=ModelInput(size=64), amp=torch.bfloat16)
+    assert amp.settings["amp"] == "bfloat16" and not torch.equal(full.values["kl"], amp.values["kl"])
+    half = run(model.bfloat16(), noise(2), "kl", model_input=ModelInput(size=64))
+    assert half.values["kl"].isfinite().all()
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def damaged():
+    return [(line(4, 40), 0), (None, 0), (line(5, 40), 1), (None, 1)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_cannot_be_read(workers):
+    with pytest.raises(ValueError, match=r"cannot use image 1 of the dataset: expected a PIL image, got NoneType"):
+        run(Parity(), damaged(), "flips", workers=workers, batch_size=2)
+    result = run(Parity(), damaged(), "flips", workers=workers, on_error="skip", batch_size=1)
+    assert result.indices.tolist() == [0, 2] and len(result.values["flip_probability"]) == 2
+    assert [name for name, _ in result.failed] == ["image 1", "image 3"]
+    record = result.as_record()
+    assert (record["num_images"], record["num_found"], len(record["failed"])) == (2, 4, 2)
+
+
+def test_what_the_reader_left_out_counts_as_failed():
+    images = Images(noise(2), left_out=[("x.webp", "no")])
+    with pytest.raises(ValueError, match="cannot use x.webp of the dataset: no"):
+        run(Parity(), images, "flips")
+    assert run(Parity(), images, "flips", on_error="skip").failed == (("x.webp", "no"),)
+
+
+def test_no_image_at_all():
+    with pytest.raises(ValueError, match="found none"):
+        run(Parity(), [], "flips")
+    with pytest.raises(ValueError, match="found none"):
+        run(Parity(), Stream([]), "flips")
+    with pytest.raises(ValueError, match="no image of the dataset can be used; image 0: "):
+        run(Parity(), [(None, 0)], "flips", on_error="skip")
+
+
+def test_labels_count_for_accuracy_alone():
+    images = [(line(3, 40), 99)]
+    assert run(Parity(), images, "flips").num_images == 1
+    with pytest.raises(ValueError, match="image 0 has the label 99, the model has classes 0 to 1; without labels"):
+        run(Parity(), images, "accuracy")
+    assert "not checked" in run(Parity(), noise(2), "accuracy").notes[0]
+    assert run(Parity(), Images(noise(2), num_classes=2), "accuracy").notes == ()
+    images = Images(noise(2), num_classes=1000)
+    with pytest.raises(ValueError, match="numbered from 0 to 999 and the model has 2 outputs"):
+        run(Parity(), images, "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocols": ["flipz"]}, "expected protocols out of accuracy"),
+        ({"protocols": "flips"}, "expected protocols"),
+        ({"protocols": []}, "expected protocols"),
+        ({"on_error": "ignore"}, "raise"),
+        ({"seed": -1}, "seed=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"workers": -1}, "workers=-1"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(Parity(), noise(1), **{"protocols": ["flips"], "model_input": PLAIN, **options})
+
+
+def test_models_that_are_no_classifiers():
+    with pytest.raises(ValueError, match=r"logits \(N, classes\), got \(1, 3, 32, 32\)"):
+        run(nn.Identity(), noise(1), "flips")
+    with pytest.raises(ValueError, match="does not run on images"):
+        run(nn.Conv2d(4, 1, 1), noise(1), "flips")
+
+
+class Fragile(Parity):
+    """Not finite for a picture that is all black."""
+
+    def forward(self, x):
+        return super().forward(x) / (x.amax(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0] > 0)
+
+
+def test_outputs_that_are_not_finite():
+    images = [(line(20, 40), 0), (line(None, 40), 0), (line(21, 40), 1)]
+    with pytest.raises(ValueError, match="cannot use image 1 of the dataset: the model's output is not finite"):
+        run(Fragile(), images, "flips")
+    for batch_size in (1, 3):
+        result = run(Fragile(), images, "accuracy", "flips", on_error="skip", batch_size=batch_size)
+        assert result.indices.tolist() == [0, 2] and result.failed == (("image 1", "the model's output is not finite"),)
+        assert [len(values) for values in result.values.values()] == [2, 2] == [len(result.checksums)] * 2
+        assert result.summary()["top1"] == 100
+    with pytest.raises(ValueError, match="no image of the dataset can be used; image 1: the model's output"):
+        run(Fragile(), Images(images, limit=1), "flips", on_error="skip")
+
+
+def test_what_one_protocol_cannot_use_counts_for_none():
+    images = noise(3, 40) + [(line(0, 40), 0)]  # black but for its first column, which the crops leave
+    result = run(Fragile(), images, "accuracy", "flips", on_error="skip")
+    assert result.indices.tolist() == [0, 1, 2]
+    assert {name: len(values) for name, values in result.values.items()} == {
+        "top1": 3,
+        "flip_probability": 3,
+    }
+
+
+def test_classes_may_be_excluded():
+    class Masked(MeanColor):
+        def forward(self, x):
+            return super().forward(x) + torch.tensor([0, -math.inf, 0])
+
+    images = [(image, 0) for image, _ in noise(3)]
+    result = run(Masked(), images, "accuracy", "kl", "flips")
+    assert result.num_images == 3 and result.values["kl"].isfinite().all() and result.values["kl"].max() > 0
+
+    class AllMasked(Masked):
+        def forward(self, x):
+            return super().forward(x) - math.inf
+
+    with pytest.raises(ValueError, match="not finite"):
+        run(AllMasked(), images, "flips")
+
+
+def test_a_class_that_is_excluded_for_some_crops_alone():
+    """p_0 has it and p_s does not: the divergence is infinite."""
+
+    class Fickle(Parity):
+        def forward(self, x):
+            is_dark = x.amax(dim=(1, 2, 3)) == 0
+            return super().forward(x).masked_fill(is_dark[:, None] & torch.tensor([False, True]), -math.inf)
+
+    images = [*noise(1, 80), (line(0, 80), 0)]
+    result = run(Fickle(), images, "kl", on_error="skip")
+    assert result.indices.tolist() == [0] and len(result.failed) == 1
+    json.dumps(result.as_record(), allow_nan=False)
+
+
+def test_a_stem_whose_maps_are_not_finite():
+    model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6)).eval()
+    model[0].weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="image 0 of the dataset: the model's output is not finite"):
+        run(model, noise(2, 72), "stem", model_input=ModelInput(size=64))
+
+
+def test_a_stem_without_a_living_channel():
+    model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6)).eval()
+    nn.init.zeros_(model[0].weight)
+    result = run(model, noise(2, 72), "circular", "stem", model_input=ModelInput(size=64))
+    assert list(result.summary()) == ["circular_consistency"]
+    assert result.notes[-1] == "stem change not applicable: every channel of the stem is constant on these images"
+    json.dumps(result.as_record(), allow_nan=False)
+    with pytest.raises(ValueError, match="nothing to measure: stem change not applicable: every channel"):
+        run(model, noise(2, 72), "stem", model_input=ModelInput(size=64))
+
+
+def test_a_stem_that_lives_on_one_image_alone():
+    model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2, bias=False), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6)).eval()
+    images = [(line(None, 72), 0)] * 5 + noise(1, 72)
+    wanted = ModelInput(size=64, mean=(0.0,) * 3, std=(1.0,) * 3)
+    record = run(model, images, "stem", model_input=wanted).as_record()
+    json.dumps(record, allow_nan=False)
+    low, high = record["ci95"]["stem_change"]["horizontal"]["1"]
+    assert 0 < low <= record["summary"]["stem_change"]["horizontal"]["1"] <= high
+
+
+def test_pictures_that_cannot_be_cropped():
+    images = [(line(20, 40), 0), (Image.new("RGB", (0, 5)), 0), (line(21, 40), 1)]
+    with pytest.raises(ValueError, match="cannot use image 1 of the dataset: cannot be cropped: .*0 x 5 pixels"):
+        run(Parity(), images, "flips")
+    for source in (images, Stream(images)):
+        result = run(Parity(), source, "accuracy", "flips", on_error="skip")
+        assert result.indices.tolist() == [0, 2] and "0 x 5 pixels" in result.failed[0][1]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps"])
+def test_devices_that_are_not_there(device):
+    model = small_model().train()
+    with pytest.raises(ValueError, match=f"cannot use the device '{device}'"):
+        run(model, noise(1), "flips", device=device, model_input=ModelInput(size=64))
+    assert model.training
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_goes_through_a_file(tmp_path):
+    result = run(Lopsided(), noise(5), *ALL)
+    record = result.as_record(model="mine", dataset="noise")
+    records.write(tmp_path / "e.jsonl", [record])
+    (read,) = records.read(tmp_path / "e.jsonl")
+    assert read == json.loads(json.dumps(record)) and read["kind"] == "evaluation" and read["model"] == "mine"
+    assert read["summary"].keys() == read["ci95"].keys() == read["units"].keys()
+    assert read["settings"]["size"] == SIZE and read["settings"]["num_classes"] == 3
+    assert read["speed"]["frames"] == 5 * (1 + 1 + 2 + 2 + 2 + 25 + 25 + 49 + 49)
+    low, high = read["ci95"]["kl"]["vertical"]["0.5"]
+    assert low <= read["summary"]["kl"]["vertical"]["0.5"] <= high
+    assert read["units"]["kl"] == "nats" and read["units"]["flip_probability"] == "%"
+
+
+def test_paired_differences_are_over_the_common_images():
+    images = noise(12)
+    first = run(Lopsided(), images, "flips", "circular")
+    second = run(MeanColor(), Images(images, limit=6), "flips", "consistency")
+    difference = paired_difference(first, second)
+    assert list(difference) == ["flip_probability"]
+    rows = second.indices
+    expected = (second.values["flip_probability"] - first.values["flip_probability"][rows]).mean(dim=0) * 100
+    torch.testing.assert_close(difference["flip_probability"].mean, expected)
+    record = difference_record(first, second)
+    assert record["summary"]["flip_probability"]["vertical"]["3"] == pytest.approx(expected[1, 2].item())
+    same = paired_difference(first, first)["circular_consistency"]
+    assert same.low == same.high == 0
+    others = run(MeanColor(), noise(12), "circular")
+    with pytest.raises(ValueError, match="same dataset, but image 0 and 11 more of the 12 with equal numbers are diff"):
+        paired_difference(first, others)
+    with pytest.raises(ValueError, match="same seed"):
+        paired_difference(first, run(Lopsided(), images, "flips", seed=2))
+
+
+def test_progress_is_told():
+    seen = []
+
+    def track(steps, total):
+        seen.append(total)
+        for step in steps:
+            seen.append(len(step.places))
+            yield step
+
+    run(Parity(), noise(5), "circular", batch_size=2, track=track)
+    assert seen == [3, 2, 2, 1]

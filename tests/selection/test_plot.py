@@ -1,0 +1,103 @@
+"""Figures: what they show can be read off their artists, and files come out in the format asked for."""
+
+import math
+
+import pytest
+import torch
+from matplotlib.patches import Ellipse, Rectangle
+from PIL import Image
+
+from mixpool.evaluation.demo_plot import plot_demo
+from mixpool.figures import MODULUS_COLOR, save_figure
+from mixpool.filters.gabor import gabor_bank
+from mixpool.selection.plot import filter_tiles, plot_filter_bank
+from mixpool.stem.module import MixPoolStem
+
+
+def stem(channels=20, in_channels=3, **options):
+    conv = torch.nn.Conv2d(in_channels, channels, 7, 2, 3)
+    conv.weight.data.copy_(gabor_bank(channels, in_channels))
+    return MixPoolStem(conv, **options)
+
+
+def png_size(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return image.size
+
+
+def frames(axes):
+    """(is blue, column, row) of the tiles' frames."""
+    blue = tuple(int(MODULUS_COLOR[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    tiles = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    return [patch.get_edgecolor()[:3] == pytest.approx(blue) for patch in tiles]
+
+
+def test_the_modulus_channels_are_framed():
+    mixed = stem()
+    figure = plot_filter_bank(mixed.weight, mixed.channel_plan)
+    bank, plane = figure.axes
+    assert frames(bank) == list(mixed.channel_plan.is_modulus) and any(frames(bank)) and not all(frames(bank))
+    assert len(bank.images) == 20
+
+
+def test_the_plane_holds_every_filter_at_its_frequency():
+    mixed = stem()
+    plan = mixed.channel_plan
+    plane = plot_filter_bank(mixed.weight, plan).axes[1]
+    points = {collection.get_label(): collection.get_offsets() for collection in plane.collections}
+    expected = plan.stats.center_frequency[torch.tensor(plan.is_modulus)].flip(1)  # (fx, fy)
+    got = torch.tensor(points[f"modulus: {plan.num_modulus} channels"].data)
+    torch.testing.assert_close(got, expected)
+    (circle,) = [patch for patch in plane.patches if isinstance(patch, Ellipse)]
+    assert circle.width == circle.height == math.pi / 2  # twice a quarter wave, pi / 2, per step of 2 pixels
+
+
+@pytest.mark.parametrize("options", [{"select": "all"}, {"select": "none"}, {"channels": 3, "in_channels": 1}])
+def test_extreme_plans_draw(options, tmp_path):
+    mixed = stem(**options)
+    path = save_figure(plot_filter_bank(mixed.weight, mixed.channel_plan), tmp_path / "bank.png", dpi=60)
+    assert png_size(path) == (600, 300)
+
+
+def test_a_weight_of_another_plan_is_an_error():
+    with pytest.raises(ValueError, match="20 filters"):
+        plot_filter_bank(gabor_bank(21), stem().channel_plan)
+
+
+def testfilter_tiles_put_zero_at_mid_gray():
+    tiles = filter_tiles(torch.stack([torch.zeros(3, 3, 3), torch.eye(3).expand(3, 3, 3)]))
+    assert (tiles[0] == 0.5).all() and tiles[1].max() == 1 and tiles[1].min() == 0.5
+
+
+def demo_figure():
+    maps = {name: (torch.rand(56, 56), torch.rand(56, 56)) for name in ("max pooling", "mixpool")}
+    curves = {name: [0.1 * i, 0.2 * i] for i, name in enumerate(["max pooling", "BlurPool", "CMod", "mixpool"], 1)}
+    kernel = torch.complex(torch.randn(3, 7, 7), torch.randn(3, 7, 7))
+    return plot_demo(
+        torch.rand(3, 64, 64), kernel, maps, curves, [1, 2], title="T", subtitle="S", channel=7, num_swapped=9
+    )
+
+
+def test_demo_draws_its_data():
+    figure = demo_figure()
+    curves = {line.get_label(): line.get_ydata() for line in figure.axes[-1].lines}
+    assert list(curves["mixpool"]) == [0, 0.4, 0.8] and set(curves) == {"max pooling", "BlurPool", "CMod", "mixpool"}
+    texts = [text.get_text() for text in figure.texts]
+    assert "T" in texts and "S" in texts and "filter 7: W + iV" in texts
+
+
+def test_demo_leaves_nothing_outside_the_picture():
+    figure = demo_figure()
+    figure.canvas.draw()
+    box = figure.get_tightbbox()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= 10 and box.y1 <= figure.get_figheight()
+
+
+def test_formats(tmp_path):
+    figure = demo_figure()
+    assert png_size(save_figure(figure, tmp_path / "small.png", dpi=80)) == (800, 384)
+    assert save_figure(figure, tmp_path / "bare").name == "bare.png"
+    assert (save_figure(figure, tmp_path / "v.svg")).read_text().startswith("<?xml")
+    with pytest.raises(ValueError, match=r"\*\.png"):
+        save_figure(figure, tmp_path / "x.xyz")

@@ -1,0 +1,179 @@
+"""`mixpool train` as its users run it: one process and several, killed and continued, with everything switched on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.data import ImageDataset, create_transform
+from training_runs import arguments
+
+from mixpool.training.configuration import parse
+from mixpool.training.train import train
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
+TESTS = Path(__file__).parent
+
+
+def run(photos: Path, output: Path, **settings) -> dict:
+    return train(parse(arguments(photos, output, **settings)))
+
+
+def weights(output: Path, name: str = "last.pth.tar", entry: str = "state_dict") -> dict[str, torch.Tensor]:
+    return torch.load(output / "run" / name, weights_only=True)[entry]
+
+
+def assert_equal(first: dict, second: dict, tolerance: float = 0.0) -> None:
+    assert first.keys() == second.keys() and first
+    for key, value in first.items():
+        assert (second[key].double() - value.double()).abs().max() <= tolerance, key
+
+
+def start(photos: Path, output: Path, *, processes: int = 1, **settings) -> subprocess.Popen:
+    """The run as a command, with processes of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "mixpool", "train", *arguments(photos, output, **settings)]
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that its workers can be killed with it
+    )
+
+
+def finish(running: subprocess.Popen) -> str:
+    """What it prints."""
+    out, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors
+    return out
+
+
+EVERYTHING = {
+    "model": "tiny_norm",
+    "model_ema": True,
+    "model_ema_decay": 0.9,
+    "mixup": 0.5,
+    "cutmix": 0.5,
+    "reprob": 0.5,
+    "drop": 0.3,
+    "sched_on_updates": True,
+    "amp": True,
+    "amp_dtype": "bfloat16",
+    "clip_grad": 1.0,
+    "grad_accum_steps": 2,
+    "batch_size": 4,
+    "channels_last": True,
+    "recovery_interval": 1,
+}
+
+
+def test_a_run_learns_and_writes_what_it_says(photos, tmp_path, capsys):
+    record = run(photos, tmp_path, epochs=8, color_jitter=0, smoothing=0)
+    folder = tmp_path / "run"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
+        "curves.png",
+        "last.pth.tar",
+        "model_best.pth.tar",
+        "record.jsonl",
+        "summary.csv",
+    ]
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    assert [int(row["epoch"]) for row in rows] == list(range(8))
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert record["best"]["value"] == max(float(row["val_top1"]) for row in rows) > 25
+    assert json.loads((folder / "record.jsonl").read_text())["final"] == record["final"]
+    text = capsys.readouterr().out
+    assert "stem conv: 4 of 8 channels on modulus pooling" in text and "24 training and 9 validation images" in text
+
+
+def test_the_best_checkpoint_gives_the_recorded_accuracy(photos, tmp_path):
+    record = run(photos, tmp_path, epochs=4)
+    model = timm.create_model("tiny_stem", checkpoint_path=str(tmp_path / "run" / "model_best.pth.tar")).eval()
+
+    dataset = ImageDataset(
+        str(photos / "validation"),
+        transform=create_transform((3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0),
+    )
+    with torch.no_grad():
+        right = [model(image[None]).argmax().item() == label for image, label in dataset]
+    assert 100 * sum(right) / len(right) == pytest.approx(record["best"]["value"])
+
+
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["plain", "everything on"])
+def test_a_run_that_was_stopped_ends_at_the_same_weights(photos, tmp_path, settings):
+    run(photos, tmp_path / "whole", **settings)
+    for _ in range(3):
+        run(photos, tmp_path / "cut", **settings, stop_after=1)
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    if settings:
+        assert_equal(
+            weights(tmp_path / "whole", entry="state_dict_ema"), weights(tmp_path / "cut", entry="state_dict_ema")
+        )
+
+
+def test_a_run_killed_at_any_moment_ends_at_the_same_weights(photos, tmp_path):
+    """`kill -9` after three random times, from the start of Python to the last epoch."""
+    settings = EVERYTHING | {"epochs": 40, "workers": 1, "val_interval": 5}
+    started = time.perf_counter()
+    finish(start(photos, tmp_path / "whole", **settings))
+    duration = time.perf_counter() - started
+    has_checkpoint = []
+    for share in (random.uniform(0.3, 0.7), random.uniform(0.3, 0.7), random.uniform(0.3, 0.7)):
+        running = start(photos, tmp_path / "cut", **settings)
+        time.sleep(share * duration)
+        os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
+        has_checkpoint.append((tmp_path / "cut" / "run" / "last.pth.tar").exists())
+    text = finish(start(photos, tmp_path / "cut", **settings))
+    assert any(has_checkpoint) and "continuing" in text
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert (tmp_path / "whole/run/summary.csv").read_text() == (tmp_path / "cut/run/summary.csv").read_text()
+
+
+def test_two_processes_killed_within_an_epoch_end_at_the_same_weights(photos, tmp_path):
+    """Also the running statistics, of which every process has its own until the end of an epoch, and the losses."""
+    settings = {"model": "tiny_norm", "model_ema": True, "model_ema_decay": 0.9, "epochs": 30, "batch_size": 2}
+    settings |= {"recovery_interval": 1, "val_interval": 10, "log_interval": 100}
+    finish(start(photos, tmp_path / "whole", processes=2, **settings))
+    running = start(photos, tmp_path / "cut", processes=2, **settings)
+    last = tmp_path / "cut/run/last.pth.tar"
+    while not last.exists() and running.poll() is None:
+        time.sleep(0.05)
+    time.sleep(random.uniform(0, 0.5))
+    os.killpg(running.pid, signal.SIGKILL)
+    running.communicate()
+    text = finish(start(photos, tmp_path / "cut", processes=2, **settings))
+    assert "continuing" in text
+    for entry in ("state_dict", "state_dict_ema"):
+        assert_equal(weights(tmp_path / "whole", entry=entry), weights(tmp_path / "cut", entry=entry))
+    assert (tmp_path / "whole/run/summary.csv").read_text() == (tmp_path / "cut/run/summary.csv").read_text()
+    record = json.loads((tmp_path / "cut/run/record.jsonl").read_text())
+    assert (record["num_train"], record["num_val"]) == (24, 9)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2], ids=["", "accumulated"])
+def test_two_processes_equal_one_with_the_same_global_batch(photos, tmp_path, accumulated):
+    """In float32 and without batch norm; the sums are taken in another order, hence 1e-6."""
+    # 9 validation images one by one: the processes have different numbers of batches.
+    common = {"grad_accum_steps": accumulated, "weight_decay": 1e-3, "validation_batch_size": 1}
+    run(photos, tmp_path / "one", batch_size=8, **common)
+    finish(start(photos, tmp_path / "two", processes=2, batch_size=4, **common))
+    assert_equal(weights(tmp_path / "one"), weights(tmp_path / "two"), tolerance=1e-6)
+    rows = [list(csv.DictReader((tmp_path / name / "run" / "summary.csv").open())) for name in ("one", "two")]
+    for one, two in zip(*rows, strict=True):
+        for key in one:
+            assert float(one[key]) == pytest.approx(float(two[key]), abs=1e-4), key
