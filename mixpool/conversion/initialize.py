@@ -2,8 +2,7 @@
 
 In the twin, half of the channels or fewer are complex wavelet packets of a colour mix and pool by their modulus; the
 others are trained freely and pool by their maximum. Here three quarters of a ResNet's are packets, and the maxima are
-blurred too. `initialize` does that to a model, `wavelet_stem` to the parts of a stem; the filters are those of
-`wavelet_bank`.
+blurred too. `initialize` does that to a model; the filters are those of `wavelet_bank`.
 
 Legend: J depth of the packets, k taps per side, C_in input channels.
 """
@@ -12,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from mixpool.conversion.convert import convert
 from mixpool.conversion.find import StemError, find_stem
@@ -24,7 +23,8 @@ from mixpool.conversion.stock import converted_stems
 from mixpool.filters.gabor import COLOR_SHARE, FREQUENCIES, gabor_bank
 from mixpool.filters.spectrum import pair
 from mixpool.filters.wavelets import max_channels, wavelet_bank
-from mixpool.stem.module import MixPoolStem
+from mixpool.ops.reference import POOLINGS, check_poolings
+from mixpool.ops.renamed import refuse_old
 from mixpool.stem.parts import check_parts
 
 # The packets are decimated by 2**J in all, so the convolution's stride is half of that and max pooling's is 2.
@@ -32,64 +32,6 @@ DEPTH_OF_STRIDE = {2: 2, 4: 3}
 # At stride 2 more than the 24 of 64 of paper 2's twin of ResNet, since they did better on CIFAR-10
 # (benchmarks/README.md); at stride 4 the 32 of 64 of its twin of AlexNet.
 SHARE_OF_STRIDE = {2: 3 / 4, 4: 1 / 2}
-POOLINGS = ("modulus", "max")
-
-
-def wavelet_stem(
-    conv: nn.Conv2d,
-    norm: nn.Module | None = None,
-    act: nn.Module | None = None,
-    pool: nn.MaxPool2d | None = None,
-    *,
-    num_wavelet: int | None = None,
-    depth: int | None = None,
-    kernel_size: int | None = None,
-    wavelet: str = "qshift_a",
-    color_mix: Tensor | None = None,
-    trainable: bool = True,
-    blur: int = 3,
-    max_blur: int = 3,
-    imag: str = "tied",
-    backend: str = "auto",
-) -> MixPoolStem:
-    """A MixPoolStem whose last channels are wavelet packets on the modulus; the first keep the convolution's weights.
-
-    `conv` is changed in place, as `initialize` describes. `initialize` does this to a whole model.
-
-    Args:
-        conv, norm, act, pool, blur, max_blur, imag, backend: as for MixPoolStem; the convolution has a square kernel.
-        num_wavelet: number of wavelet channels; default 3/4 of them at stride 2 and half of them at stride 4, or all
-            that `wavelet_bank` has, if that is fewer.
-        depth: levels J; default 2 at stride 2 and 3 at stride 4, so that 2**J is the total stride.
-        kernel_size: as for `initialize`.
-        wavelet, color_mix: as for `wavelet_bank`.
-        trainable: as for `initialize`.
-    Raises:
-        ValueError: an argument is out of range or a part cannot be taken over; `conv` is then as it was.
-    Reference: Leterme et al., arXiv 2212.00394; its CMod is blur=1, max_blur=1, with num_wavelet=24 in a ResNet.
-    Example:
-        >>> stem = wavelet_stem(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-        >>> stem.num_modulus, tuple(stem(torch.randn(2, 3, 224, 224)).shape)
-        (48, (2, 64, 56, 56))
-    """
-    _check_imag(trainable, imag)
-    check_parts(conv, norm, nn.ReLU() if act is None else act, nn.MaxPool2d(3, 2, 1) if pool is None else pool)
-    taps, stride = _square(conv)
-    is_given = num_wavelet is not None or color_mix is not None
-    num_wavelet = _default_count(conv, stride) if num_wavelet is None else num_wavelet
-    depth = _depth_of(stride) if depth is None else depth
-    kernel_size = taps if kernel_size is None else kernel_size
-    if not is_given:
-        num_wavelet = min(num_wavelet, max_channels(conv.in_channels, kernel_size, depth))
-    bank = wavelet_bank(num_wavelet, conv.in_channels, kernel_size, depth, wavelet=wavelet, color_mix=color_mix)
-    kernels = None if trainable else _spatial_part(bank)
-    with _filled(conv, bank):
-        select = _last(conv, len(bank))
-        options = {"blur": blur, "max_blur": max_blur, "imag": imag, "backend": backend}
-        stem = MixPoolStem(conv, norm, act, pool, select=select, **options)
-    if kernels is not None:
-        parametrize.register_parametrization(stem, "weight", _ColorMixed(kernels.to(stem.weight)))
-    return stem
 
 
 def initialize(
@@ -98,20 +40,17 @@ def initialize(
     *,
     num_channels: int | None = None,
     kernel_size: int | None = None,
-    trainable: bool = True,
     pooling: str = "modulus",
-    blur: int = 3,
-    max_blur: int | None = None,
-    imag: str = "tied",
+    rest: str | None = None,
     stem: str | None = None,
     backend: str = "auto",
+    **old: Any,
 ) -> ConversionReport:
     """Give an untrained model's stem a bank of oriented filters that pool by the modulus, in place, all or nothing.
 
     The last `num_channels` channels of the first convolution take the bank's filters and the modulus; the others keep
-    their own random weights and max pooling, behind which they are blurred as in BlurPool (max_blur=3). Then the model
-    is converted as by `convert`, whose notes hold here too (build the optimizer, compile and wrap afterwards; `revert`
-    takes the stem out again).
+    their own random weights and pool as in BlurPool (`rest`). Then the model is converted as by `convert`, whose notes
+    hold here too (build the optimizer, compile and wrap afterwards; `revert` takes the stem out again).
 
     Scale: every filter gets the root mean square norm of the convolution's own filters, so that weight decay, learning
     rates and the response to white noise stay those of the model's initialisation. Where no norm layer follows, photos
@@ -128,15 +67,11 @@ def initialize(
             depth 3 keep over 95 % of its energy, the stock 7 and 11 keep 93 % and 80 %) and cost in proportion to
             their square. The output size stays: the padding grows too, and the other filters are continued by zeros.
             Then `weight` is a new parameter, else it is the same one.
-        trainable: False fixes the filters' spatial part K(n): the weight is M(c, i) K(n), only the colour mix M is
-            learned (`conv1.parametrizations.weight.original1`, (num_channels, C_in); `original0` holds the other
-            channels' weights), whatever the optimizer. `revert` ends that, and so does
-            `torch.nn.utils.parametrize.remove_parametrizations(stem, "weight")`; until then torch refuses to pickle
-            the stem, and stock checkpoints do not load (its own state dict does).
-        pooling: "max" leaves the bank's channels on max pooling too: the real-valued twin, as a control.
-        max_blur: as for `convert`, but the default is 3 with pooling="modulus": there are no trained layers behind the
-            stem that expect anything else.
-        blur, imag, stem, backend: as for `convert`. Paper 2's CMod is blur=1, max_blur=1.
+        pooling: of the bank's channels: "modulus", "energy" or "cmod" as for `convert`; "max" or "blurpool" for all
+            channels is the real-valued twin, as a control.
+        rest: of the others, as for `convert`, but the default is "blurpool" beside a complex pooling: there are no
+            trained layers behind the stem that expect anything else.
+        stem, backend: as for `convert`. Paper 2's CMod is pooling="cmod", rest="max".
     Returns:
         ConversionReport.
     Raises:
@@ -146,16 +81,16 @@ def initialize(
     Example:
         >>> import torchvision
         >>> model = torchvision.models.alexnet()
-        >>> initialize(model, "wavelet").num_modulus
+        >>> initialize(model, "wavelet").num_complex
         32
     """
-    _check_imag(trainable, imag)
-    if pooling not in POOLINGS:
-        raise ValueError(f"expected a pooling of {POOLINGS}, got {pooling!r}")
+    refuse_old("initialize", old)
+    check_poolings(pooling, 1)
+    is_complex = POOLINGS[pooling].is_complex
     if not isinstance(model, nn.Module):
         raise StemError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if max_blur is None:
-        max_blur = 3 if pooling == "modulus" else 1
+    if rest is None:
+        rest = "blurpool" if is_complex else pooling
     stems = converted_stems(model)
     if stems and (stem is None or stem in stems):
         raise StemError(f"expected an unconverted model, found a MixPoolStem at {', '.join(map(repr, stems))}")
@@ -178,42 +113,12 @@ def initialize(
             raise ValueError(f'expected a bank of "wavelet", "gabor" or filters, got {bank!r}')
     elif num_channels not in (None, len(bank)) or kernel_size not in (None, bank.shape[-1]):
         raise ValueError(f"expected num_channels and kernel_size of the bank, got {num_channels=}, {kernel_size=}")
-    kernels = None if trainable else _spatial_part(bank)
     with _filled(conv, bank):
-        select = _last(conv, len(bank)) if pooling == "modulus" else "none"
-        options = {"blur": blur, "max_blur": max_blur, "imag": imag, "stem": stem, "backend": backend}
-        report = convert(model, select=select, **options)
-    if kernels is not None:
-        mixed = model.get_submodule(found.conv)
-        parametrize.register_parametrization(mixed, "weight", _ColorMixed(kernels.to(mixed.weight)))
-    return report
-
-
-class _ColorMixed(nn.Module):
-    """Parametrization of a weight whose last channels are a colour times a fixed kernel; `original0` is the others'."""
-
-    def __init__(self, kernels: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("kernels", kernels)  # (n, k, k), norm 1
-
-    def forward(self, others: Tensor, color_mix: Tensor) -> Tensor:
-        return torch.cat([others, color_mix[:, :, None, None] * self.kernels[:, None]])
-
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The parameters of the nearest weight that has this form."""
-        others, mixed = weight[: -len(self.kernels)], weight[-len(self.kernels) :]
-        return others, torch.einsum("ciyx,cyx->ci", mixed, self.kernels)
-
-
-def _spatial_part(bank: Tensor) -> Tensor:
-    """(n, k, k) of norm 1: the kernel K(n) of filters M(i) K(n)."""
-    _, size, patterns = torch.linalg.svd(bank.detach().double().flatten(2), full_matrices=False)
-    if size.shape[1] > 1 and (size[:, 1] > 1e-5 * size[:, 0]).any():
-        raise ValueError(
-            "expected a colour times one kernel for each filter with trainable=False, got filters that differ in more "
-            "than a factor from input channel to input channel"
-        )
-    return patterns[:, 0].reshape(len(bank), *bank.shape[2:])
+        options = {"rest": rest, "stem": stem, "backend": backend}
+        if not is_complex:
+            return convert(model, select="none", **options)
+        select = [channel >= conv.out_channels - len(bank) for channel in range(conv.out_channels)]
+        return convert(model, select=select, pooling=pooling, **options)
 
 
 @contextmanager
@@ -255,11 +160,6 @@ def _filled(conv: nn.Conv2d, bank: Tensor) -> Iterator[None]:
         raise
 
 
-def _check_imag(trainable: bool, imag: str) -> None:
-    if not trainable and imag != "tied":
-        raise ValueError(f'expected imag="tied" with trainable=False (a free V would be trained), got {imag=}')
-
-
 def _square(conv: nn.Conv2d) -> tuple[int, int]:
     """(taps per side, stride) of a convolution that has one of each."""
     (taps, width), (stride, stride_x) = pair(conv.kernel_size), pair(conv.stride)
@@ -278,10 +178,6 @@ def _default_count(conv: nn.Conv2d, stride: int) -> int:
     if stride not in SHARE_OF_STRIDE:
         raise ValueError(f"expected the number of channels for a convolution of stride {stride}, got none")
     return max(1, round(conv.out_channels * SHARE_OF_STRIDE[stride]))
-
-
-def _last(conv: nn.Conv2d, count: int) -> list[bool]:
-    return [i >= conv.out_channels - count for i in range(conv.out_channels)]
 
 
 def _gabor_modulus_bank(num_channels: int, in_channels: int, kernel_size: int, stride: int) -> Tensor:

@@ -33,37 +33,33 @@ class ConversionReport:
 
     Attributes:
         stem: the stem's modules by name, in the order of the data.
-        plan: the kind of each channel and why; `plan.kinds` is a tuple of "max" and "modulus".
+        plan: the pooling of each channel and why; `plan.poolings` is a tuple of names.
         agreement: how often the converted model still says the same on `images`; None without images.
         notes: what else a user should know.
     """
 
     stem: str
     plan: ChannelPlan
-    blur: int
-    max_blur: int
-    imag: str
     agreement: Agreement | None
     notes: tuple[str, ...]
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        return self.plan.kinds
+    def poolings(self) -> tuple[str, ...]:
+        return self.plan.poolings
 
     @property
-    def num_modulus(self) -> int:
-        return self.plan.num_modulus
+    def num_complex(self) -> int:
+        """How many channels pool by the complex convolution."""
+        return self.plan.num_complex
 
     @property
     def stats(self) -> FilterStats:
         return self.plan.stats
 
     def __str__(self) -> str:
-        count = len(self.plan.kinds)
         lines = [
             f"mixpool stem: {self.stem}",
-            f"{self.num_modulus} of {count} channels on modulus pooling (blur={self.blur}, imag={self.imag}), "
-            f"{count - self.num_modulus} on max pooling (max_blur={self.max_blur})",
+            f"{self.num_complex} of {len(self.poolings)} channels pool by a modulus: {self.plan.count()}",
         ]
         if self.agreement is not None:
             lines.append(
@@ -72,7 +68,7 @@ class ConversionReport:
             )
             if self.agreement.top1 < WARN_BELOW:
                 lines.append("WARNING: the model's outputs changed a lot; fine-tune it, or swap fewer channels")
-        elif self.num_modulus > 0 and self.plan.fidelity is None:
+        elif self.num_complex > 0 and self.plan.fidelity is None:
             lines.append("no images given: the effect on the model's outputs was not measured")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, str(self.plan)])

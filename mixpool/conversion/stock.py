@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from mixpool.selection.calibrate import stock_values
 from mixpool.stem.module import MixPoolStem
@@ -22,6 +21,8 @@ class StockParts:
         modules: part -> the stock module.
         reductions: feature_info entries that were corrected, with their former reduction.
     """
+
+    PARTS: ClassVar[tuple[str, ...]] = ("conv", "norm", "act", "pool", "blur")
 
     names: dict[str, str]
     modules: dict[str, nn.Module]
@@ -66,7 +67,7 @@ def stock_parts(name: str, stem: MixPoolStem) -> tuple[str, StockParts]:
 def stock_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     """The model's state with the stock model's keys and values, to load into an unconverted model.
 
-    The plan and free imaginary parts are left out, and the calibration is undone. A compiled or DDP-wrapped model is
+    The plan is left out, and the calibration is undone. A compiled or DDP-wrapped model is
     unwrapped first, so the keys have no `module.` or `_orig_mod.` prefix.
 
     Raises:
@@ -82,10 +83,8 @@ def stock_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
         at = f"{name}."
         values = {at + key: value for key, value in stock_values(stem).items()}
         renamed = OrderedDict()
-        if parametrize.is_parametrized(stem, "weight"):  # filters of which only the colour mix is learned
-            renamed[f"{at}weight"] = stem.weight.detach()
         for key, value in state.items():
-            if key in (f"{at}plan", f"{at}calibration", f"{at}weight_imag") or key.startswith(f"{at}parametrizations."):
+            if key in (f"{at}plan", f"{at}calibration"):
                 continue
             value = values.get(key, value)
             if key.startswith(f"{at}bn."):

@@ -1,7 +1,7 @@
 """Which path computes a stem: the reference in plain PyTorch, or the fused one on the GPU, and why not the fused one.
 
     obstacle        what makes the fused path impossible for a call: a question without side effects
-    why_reference   that, and under "auto" also what was measured on this GPU and whether a first trial went well
+    why_reference   that, and under "auto" that the fused path is not the default
     takes_fused     the choice itself: logs the reason under "auto", raises it under "fused"
 
 torch.compile traces these functions. What it cannot trace is asked in functions that it takes as constants.
@@ -9,31 +9,29 @@ torch.compile traces these functions. What it cannot trace is asked in functions
 
 from __future__ import annotations
 
-import functools
-import importlib.resources
 import importlib.util
-import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mixpool.ops.fused.geometry import StemGeometry, is_channels_last, padded_places
+from mixpool.ops.fused.geometry import StemGeometry, padded_places
 from mixpool.ops.geometry import ConvGeometry, Pair, PoolGeometry, centers_are_inside
-from mixpool.ops.trial import Case, failure_of_trial
+from mixpool.ops.modes import compute_dtype
+from mixpool.ops.reference import POOLINGS, Group
 
 BACKENDS = ("auto", "reference", "fused")
 ENVIRONMENT_VARIABLE = "MIXPOOL_BACKEND"
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32 products, asynchronous copies
-MIN_SPEEDUP = 1.15  # over torch.compile of the reference; below, the fused path is not the default
 MAX_OFFSET = 2**31  # the kernels count elements in int32
 ALIGNMENT = 16  # bytes
+NOT_DEFAULT = "the fused path was never measured to be faster, so it is not the default; backend='fused' forces it"
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -46,13 +44,14 @@ class Call(NamedTuple):
 
     x: Tensor
     weight: Tensor
-    num_modulus: int
+    groups: Sequence[Group]
     conv: ConvGeometry
     pool: PoolGeometry
-    blur: int
-    max_blur: int
     needs_grad: bool
-    with_moments: bool = False
+
+    def count(self, *kernels: str | None) -> int:
+        """Channels whose pooling has one of these kernels."""
+        return sum(len(group.index) for group in self.groups if POOLINGS[group.pooling].kernel in kernels)
 
 
 def check_backend(backend: str) -> str:
@@ -87,25 +86,14 @@ def takes_fused(backend: str, call: Call) -> bool:
 
 
 def why_reference(backend: str, call: Call) -> str | None:
-    """None where the fused path computes a call, else why the reference does; the first call under "auto" tries it."""
+    """None where the fused path computes a call, else why the reference does."""
     wanted = wanted_backend(backend)
     if wanted == "reference":
         return f"backend='reference' was asked for{_by_whom(backend)}"
     reason = obstacle(call)
     if reason is None and wanted == "auto":
-        reason = _why_not_by_default(*_case_of(call))
+        reason = NOT_DEFAULT
     return reason
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """dtype of the convolution's products and of the output: autocast's, or that of `x`."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-
-
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is computed from these tensors."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 # --- can the fused path compute it? -----------------------------------------------------------------------------------
@@ -116,6 +104,7 @@ def obstacle(call: Call) -> str | None:
     x = call.x
     return (
         _device_obstacle(x.device.type, x.device.index)
+        or _pooling_obstacle(call)
         or _mode_obstacle()
         or _tensor_obstacle(call)
         or _geometry_obstacle(call)
@@ -134,6 +123,13 @@ def _device_obstacle(device_type: str, index: int | None) -> str | None:
     if capability < MIN_CAPABILITY:
         return f"it needs a GPU of compute capability 8.0 or newer, and this one has {capability[0]}.{capability[1]}"
     return None if HAS_TRITON else "Triton is not installed"
+
+
+def _pooling_obstacle(call: Call) -> str | None:
+    """Poolings without a kernel stay with the reference; there must be others."""
+    if call.count("max", "modulus1", "modulus3") > 0:
+        return None
+    return f"it has no kernel for {' and '.join(group.pooling for group in call.groups)}"
 
 
 def _mode_obstacle() -> str | None:
@@ -170,7 +166,6 @@ def _tensor_obstacle(call: Call) -> str | None:
 def _geometry_obstacle(call: Call) -> str | None:
     conv, pool = call.conv, call.pool
     kernel_height, kernel_width = call.weight.shape[2:]
-    num_max = call.weight.shape[0] - call.num_modulus
     if call.x.shape[1] > 4:
         return "it takes up to 4 input channels"
     if kernel_height != kernel_width or conv.stride[0] != conv.stride[1] or conv.padding[0] != conv.padding[1]:
@@ -181,10 +176,8 @@ def _geometry_obstacle(call: Call) -> str | None:
         return "it needs a convolution of stride 1, 2 or 4 without dilation"
     if pool.size != (3, 3) or pool.stride != (2, 2) or pool.padding not in ((0, 0), (1, 1)):
         return "it needs a pooling window of 3, stride 2 and padding 0 or 1"
-    if call.max_blur != 1 and num_max > 0 and call.num_modulus == 0:
-        return "it has no max_blur=3, and no channel takes the modulus"
-    if call.blur == 1 and call.num_modulus > 0 and not centers_are_inside(pool):
-        return "with blur=1 it needs every window's centre on the map (no ceil_mode with padding 1)"
+    if call.count("modulus1") > 0 and not centers_are_inside(pool):
+        return 'for "cmod" it needs every window\'s centre on the map (no ceil_mode with padding 1)'
     return None
 
 
@@ -207,7 +200,7 @@ def _memory_obstacle(call: Call) -> str | None:
     pooled = math.prod(geometry.pooled_size)
     largest = max(last, count * weight.shape[0] * pooled)
     if call.needs_grad:
-        largest = max(largest, count * padded_places(weight.shape[0] - call.num_modulus) * pooled)
+        largest = max(largest, count * padded_places(call.count("max")) * pooled)
     if call.needs_grad and x.requires_grad:  # then the gradients of re and im are written
         largest = max(largest, count * 2 * weight.shape[0] * math.prod(geometry.conv_size))
     if largest >= MAX_OFFSET:
@@ -217,62 +210,6 @@ def _memory_obstacle(call: Call) -> str | None:
 
 def _is_misaligned(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and x.data_ptr() % ALIGNMENT != 0
-
-
-# --- should it? -------------------------------------------------------------------------------------------------------
-
-
-def _case_of(call: Call) -> Case:
-    x, weight = call.x, call.weight
-    return Case(
-        device=str(x.device),
-        x_dtype=x.dtype,
-        weight_dtype=weight.dtype,
-        dtype=compute_dtype(x),
-        layout="channels_last" if is_channels_last(x) else "NCHW",
-        size=None if torch.compiler.is_compiling() else (x.shape[2], x.shape[3]),
-        in_channels=weight.shape[1],
-        kernel_size=weight.shape[2],
-        num_max=0 if call.max_blur == 3 else weight.shape[0] - call.num_modulus,  # blurred ones are the reference's
-        num_modulus=call.num_modulus,
-        conv=call.conv,
-        pool=call.pool,
-        blur=call.blur,
-        grads=(call.needs_grad and x.requires_grad, call.needs_grad),
-        with_moments=call.with_moments,
-    )
-
-
-def _not_measured(case: Case) -> str | None:
-    """Why the measured speeds do not make the fused path the default for a case, or None."""
-    gpu, dtype = _gpu_name(case.device), str(case.dtype).removeprefix("torch.")
-    speedups = _measured_speedups()
-    for kernel in case.kernels:
-        what = f"the {kernel} kernel in {case.mode} in {dtype}, {case.layout}"
-        speedup = speedups.get((gpu, kernel, case.mode, dtype, case.layout))
-        if speedup is None:
-            return f"{what} was not measured on {gpu}; backend='fused' forces it"
-        if speedup < MIN_SPEEDUP:
-            return (
-                f"{what} was measured at {speedup:.3f} times the speed of torch.compile on {gpu}, and the default "
-                f"asks for {MIN_SPEEDUP}; backend='fused' forces it"
-            )
-    return None
-
-
-@functools.cache
-def _measured_speedups() -> dict[tuple[str, ...], float]:
-    table = importlib.resources.files("mixpool.ops.fused").joinpath("measured.json")
-    return _slowest(json.loads(table.read_text("utf-8")))
-
-
-def _slowest(rows: list[dict]) -> dict[tuple[str, ...], float]:
-    """(gpu, kernel, mode, dtype, layout) -> speed over torch.compile; the lowest where one was measured twice."""
-    speedups: dict[tuple[str, ...], float] = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("gpu", "kernel", "mode", "dtype", "layout"))
-        speedups[key] = min(row["speedup"], speedups.get(key, math.inf))
-    return speedups
 
 
 # --- questions to the machine, constants to torch.compile -------------------------------------------------------------
@@ -317,23 +254,6 @@ def _allows_tf32() -> bool:
 @_constant
 def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
-
-
-@_constant
-def _gpu_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-
-
-@_constant
-def _why_not_by_default(*case) -> str | None:
-    """Why the fused path is not the default for a case, or None; a failed trial is logged."""
-    case = Case(*case)
-    reason = _not_measured(case)
-    if reason is None:
-        reason = failure_of_trial(case)
-        if reason is not None:
-            _log_once(logging.WARNING, reason)
-    return reason
 
 
 @_constant

@@ -1,8 +1,11 @@
-"""Where a convolution and a pooling look: sizes, strides and borders, as pairs (y, x)."""
+"""Where a convolution and a pooling look: sizes, strides and borders, as pairs (y, x); and how maps lie in memory."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 Pair = tuple[int, int]
 
@@ -36,6 +39,17 @@ class PoolGeometry(NamedTuple):
         )
 
 
+def check_pool(pool: PoolGeometry) -> PoolGeometry:
+    """The geometry, or ValueError for one that this package does not define."""
+    if not set(pool.size) <= {2, 3}:
+        raise ValueError(f"expected a pooling window of 2 or 3, got {pool.size}")
+    if any(not 0 <= 2 * padding <= size for padding, size in zip(pool.padding, pool.size, strict=True)):
+        raise ValueError(f"expected a pooling padding from 0 to half the window {pool.size}, got {pool.padding}")
+    if min(pool.stride) < 1:
+        raise ValueError(f"expected a positive pooling stride, got {pool.stride}")
+    return pool
+
+
 def centers_are_inside(pool: PoolGeometry) -> bool:
     """Whether every window's centre lies on the map whatever the map's size (true for all common stems)."""
     return all(
@@ -47,6 +61,15 @@ def centers_are_inside(pool: PoolGeometry) -> bool:
 def unreached(size: int, stride: int, padding: int, center: int, ceil_mode: bool) -> int:
     """How many positions at the end of a map no window's centre can reach; negative if a centre can fall outside."""
     return size - 1 - center - padding - (stride - 1 if ceil_mode else 0)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of `x` lie side by side (also in a crop)."""
+    return x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def _pooled_length(length: int, size: int, stride: int, padding: int, ceil_mode: bool) -> int:

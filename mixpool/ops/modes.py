@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -28,3 +29,24 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
 def widened(values: Tensor) -> Tensor:
     """Float32 for the half types, whose sums and squares are too coarse; else the same."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """dtype of the convolution's products and of the output: autocast's, or that of `x`."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+@contextmanager
+def of_nobody() -> Iterator[None]:
+    """Without the caller's modes: what is made here is an ordinary tensor on the CPU, whatever runs around it.
+
+    Neither torch.inference_mode (whose tensors cannot be saved for a backward pass) nor a default device, nor autocast.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        yield

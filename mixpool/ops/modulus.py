@@ -1,4 +1,9 @@
-"""The modulus of a complex map, whose two parts lie side by side in one tensor, with its derivatives."""
+"""Modulus and energy of a complex map, whose two parts lie side by side in one tensor, with their derivatives.
+
+Squares want values between 1e-19 and 1e19 in float32: below, they have lost their digits, and with them the derivative,
+which is 0 there as it is at 0. So nothing is ever divided by a tiny number, and a filter that has decayed to 1e-40
+has a finite gradient. (A plain sqrt or hypot gives NaN at 0.)
+"""
 
 from __future__ import annotations
 
@@ -9,26 +14,30 @@ from mixpool.ops.modes import is_eager, widened
 
 
 def modulus(z: Tensor) -> Tensor:
-    """sqrt(re^2 + im^2) in float32 or better, with derivative 0 where both are 0 (a plain sqrt or hypot gives NaN).
+    """|z| = sqrt(re^2 + im^2) in float32 or better.
 
     Args:
         z: (N, 2n, ...), the n real parts and then the n imaginary parts.
     """
-    if is_eager():
-        return _Modulus.apply(z)
-    # For what follows single operators. The squares want values between 1e-18 and 1e18 in float32.
-    re, im = widened(z).chunk(2, dim=1)
-    energy = torch.addcmul(re * re, im, im)
-    is_zero = energy == 0
-    return energy.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
+    return _Modulus.apply(z) if is_eager() else _safe_root(_energy(z))
+
+
+def energy(z: Tensor) -> Tensor:
+    """|z|^2 = re^2 + im^2 in float32 or better; `z` as for `modulus`."""
+    return _Energy.apply(z) if is_eager() else _energy(z)
+
+
+def root(energies: Tensor) -> Tensor:
+    """The square root, with derivative 0 where it is 0."""
+    return _Root.apply(energies) if is_eager() else _safe_root(energies)
 
 
 class _Modulus(torch.autograd.Function):
-    """hypot in half of the passes over memory, and with its derivative at 0."""
+    """In half of the passes over memory that single operators take."""
 
     @staticmethod
     def forward(ctx, z: Tensor) -> Tensor:
-        out = torch.hypot(*widened(z).chunk(2, dim=1))
+        out = _energy(z).sqrt_()
         ctx.save_for_backward(z, out)
         ctx.save_for_forward(z, out)
         return out
@@ -36,17 +45,71 @@ class _Modulus(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         z, out = ctx.saved_tensors
-        ratio = grad / _without_zeros(out)
-        parts = z.unflatten(1, (2, out.shape[1]))  # both at once, so that autograd has none to join
-        return (parts * ratio.unsqueeze(1)).flatten(1, 2).to(z.dtype)
+        return _scaled(z, grad * _reciprocal(out))
 
     @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
         z, out = ctx.saved_tensors
         re, im = (z * tangent).chunk(2, dim=1)
-        return (re + im) / _without_zeros(out)
+        return (re + im) * _reciprocal(out)
 
 
-def _without_zeros(out: Tensor) -> Tensor:
-    """For a quotient whose numerator is 0 there."""
-    return torch.where(out == 0, 1, out)
+class _Energy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.save_for_forward(z)
+        return _energy(z)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return _scaled(z, 2 * grad)
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        re, im = (widened(z) * tangent).chunk(2, dim=1)
+        return 2 * (re + im)
+
+
+class _Root(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, energies: Tensor) -> Tensor:
+        out = energies.sqrt()
+        ctx.save_for_backward(out)
+        ctx.save_for_forward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return grad * (_reciprocal(out) / 2)
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return tangent * (_reciprocal(out) / 2)
+
+
+def _energy(z: Tensor) -> Tensor:
+    re, im = widened(z).chunk(2, dim=1)
+    return torch.addcmul(re * re, im, im)
+
+
+def _scaled(z: Tensor, factor: Tensor) -> Tensor:
+    """Both parts times a factor, at once, so that autograd has none to join."""
+    parts = z.unflatten(1, (2, factor.shape[1]))
+    return (parts * factor.unsqueeze(1)).flatten(1, 2).to(z.dtype)
+
+
+def _safe_root(energies: Tensor) -> Tensor:
+    """For what follows single operators (compilers, exporters, torch.func)."""
+    is_lost = energies < torch.finfo(energies.dtype).tiny
+    return energies.masked_fill(is_lost, 1).sqrt().masked_fill(is_lost, 0)
+
+
+def _reciprocal(out: Tensor) -> Tensor:
+    """1 / out, and 0 where the square of `out` has lost its digits."""
+    is_lost = out < torch.finfo(out.dtype).tiny ** 0.5
+    return out.masked_fill(is_lost, 1).reciprocal().masked_fill(is_lost, 0)

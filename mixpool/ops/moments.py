@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,14 +32,27 @@ def real_moments(y: Tensor) -> Moments:
     return Moments(mean, var, count)
 
 
-def energy_moments(envelope: Tensor) -> Moments:
-    """Mean 0 and half the mean energy of each channel (the variance of an analytic z's real part), differentiable."""
-    count = envelope.shape[0] * envelope.shape[2] * envelope.shape[3]
+def modulus_moments(envelope: Tensor) -> Moments:
+    """Mean 0 and half the mean energy of each channel (the variance of an analytic z's real part), from |z|."""
+    return _half_of(_MeanSquare.apply if is_eager() else _mean_square, envelope)
+
+
+def energy_moments(energies: Tensor) -> Moments:
+    """The same from |z|^2."""
+    return _half_of(lambda values: values.mean(dim=(0, 2, 3)), energies)
+
+
+def _half_of(mean: Callable[[Tensor], Tensor], values: Tensor) -> Moments:
+    count = values.shape[0] * values.shape[2] * values.shape[3]
     if isinstance(count, int) and count == 0:
-        nothing = envelope.sum(dim=(0, 2, 3))
+        nothing = values.sum(dim=(0, 2, 3))
         return Moments(torch.zeros_like(nothing), nothing, 0)
-    var = (_MeanSquare.apply(envelope) if is_eager() else envelope.square().mean(dim=(0, 2, 3))) / 2
+    var = mean(values) / 2
     return Moments(torch.zeros_like(var), var, count)
+
+
+def _mean_square(values: Tensor) -> Tensor:
+    return values.square().mean(dim=(0, 2, 3))
 
 
 class _MeanAndVariance(torch.autograd.Function):

@@ -1,20 +1,25 @@
 """The operation in plain PyTorch: the definition that every faster path is tested against.
 
 Legend: N images, C channels, (H, W) of the tensor at hand, W + iV the complex kernel, z = conv(x; W + iV).
-An image flows through this file from top to bottom:
+An image flows through this file from top to bottom, each channel by the pooling that its name stands for in POOLINGS:
 
-    convolve ------------------> max_pool                     the kind "max"
-    convolve_complex -> modulus -> lowpass_pool or centre     the kind "modulus"
-                                   -> affine -> act [-> binomial_decimate] -> merge
+    convolve -> max_pool                               "max"        as the stock stem
+                dense_max_pool .. binomial_decimate    "blurpool"   BlurPool's order: maxima, activation, decimation
+                mean_modulus                           "modulus"    binomial mean of |z| over the window
+                root_mean_energy                       "energy"     root of the binomial mean of |z|^2
+    convolve_at_centers -> central_modulus             "cmod"       |z| at the window's centre (paper 2's CMod)
+                -> affine -> act [-> finish] -> merge
 
 Pooling comes before the affine step: an increasing function commutes with a maximum, so
 max_pool(act(a y + b)) == act(|a| max_pool(sign(a) y) + b), and four times fewer numbers are normalised.
 The caller folds sign(a) into W and V.
+
+A new pooling is one function of the convolution's map, and one entry of the table at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,25 +27,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixpool.ops.geometry import ConvGeometry, Pair, PoolGeometry, centers_are_inside, unreached
-from mixpool.ops.modes import in_functorch, widened, without_autocast
-from mixpool.ops.modulus import modulus
-from mixpool.ops.moments import Moments, energy_moments, real_moments
-
-
-class Channels(NamedTuple):
-    """Which output channels are pooled how: two disjoint (n,) int64 index tensors that cover all of them."""
-
-    max: Tensor
-    modulus: Tensor
+from mixpool.ops.modes import in_functorch, is_eager, widened, without_autocast
+from mixpool.ops.modulus import energy, modulus, root
+from mixpool.ops.moments import Moments, energy_moments, modulus_moments, real_moments
 
 
 class Pooled(NamedTuple):
-    """What `convolve_and_pool` returns: each kind's pooled channels, None if it has none, and its moments if asked."""
+    """Pooled channels before the affine step, (N, n, h, w), and their batch statistics if they were asked for.
 
-    max: Tensor | None
-    modulus: Tensor | None
-    max_moments: Moments | None = None
-    modulus_moments: Moments | None = None
+    The statistics are those of the real convolution for real poolings; for complex ones mean 0 and mean(|z|^2) / 2 over
+    the positions computed (paper 2's non-centred rule).
+    """
+
+    values: Tensor
+    moments: Moments | None
+
+
+class Pooling(NamedTuple):
+    """How a channel is pooled.
+
+    is_complex: whether it looks at z, the convolution by W + iV, or at the one by W alone.
+    pool: (map, geometry, with_moments) -> Pooled; a complex map has the n real parts and then the n imaginary parts.
+    finish: what follows the activation.
+    convolve: (x, weight, bias, conv, pool) -> map; None for `convolve`. Channels of one `convolve` run together.
+    kernel: name of its Triton kernel, None without one.
+    """
+
+    is_complex: bool
+    pool: Callable[[Tensor, PoolGeometry, bool], Pooled]
+    finish: Callable[[Tensor, PoolGeometry], Tensor] | None = None
+    convolve: Callable[[Tensor, Tensor, Tensor | None, ConvGeometry, PoolGeometry], Tensor] | None = None
+    kernel: str | None = None
+
+
+class Group(NamedTuple):
+    """The channels of one pooling: its name in POOLINGS, and (n,) int64."""
+
+    pooling: str
+    index: Tensor
+
+
+def groups_of(poolings: Sequence[str], device: torch.device | None = None) -> tuple[Group, ...]:
+    """The channels by pooling, in the order of the table; poolings that no channel has are left out."""
+    places = {name: [i for i, own in enumerate(poolings) if own == name] for name in POOLINGS}
+    return tuple(
+        Group(name, torch.tensor(index, dtype=torch.int64, device=device)) for name, index in places.items() if index
+    )
 
 
 def convolve_and_pool(
@@ -48,66 +80,115 @@ def convolve_and_pool(
     weight: Tensor,
     bias: Tensor | None,
     weight_imag: Tensor | None,
-    channels: Channels,
+    groups: Sequence[Group],
     conv: ConvGeometry,
     pool: PoolGeometry,
     *,
-    blur: int = 3,
-    max_blur: int = 1,
     with_moments: bool = False,
-) -> Pooled:
-    """Convolve and pool each channel by its kind; the affine step, the activation and the merge are the caller's.
+) -> list[Pooled]:
+    """Convolve and pool each channel by its pooling; the affine step, the activation and the merge are the caller's.
 
     Args:
         x: images, (N, C_in, H, W), any float dtype, any strides.
         weight: (C_out, C_in, kH, kW), the real part, sign of the affine scale folded in.
-        bias: (C_out,) or None; added to the max channels only (a modulus has no use for it before the affine step).
-        weight_imag: (n_modulus, C_in, kH, kW), the imaginary parts of the modulus channels, in the order of `channels`.
-        channels: the max and the modulus channels.
+        bias: (C_out,) or None; added to real channels only (a modulus has no use for it before the affine step).
+        weight_imag: (n, C_in, kH, kW), the imaginary parts of the complex groups' channels, group after group; or None.
+        groups: the channels to compute.
         conv, pool: the geometry of the stem.
-        blur: 3 for the binomial mean of the modulus over the window, 1 for its centre alone (paper 2's CMod).
-        max_blur: 3 leaves the max channels at stride 1 for `binomial_decimate`; 1 pools them as `nn.MaxPool2d`.
-        with_moments: also return batch statistics: of the real convolution for max channels; mean 0 and
-            mean(|z|^2) / 2 over the positions computed for modulus channels (paper 2's non-centred rule).
+        with_moments: also return batch statistics.
+    Returns:
+        Pooled channels, group after group.
     """
-    all_max, all_modulus = len(channels.max) == len(weight), len(channels.modulus) == len(weight)
+    entries = [POOLINGS[group.pooling] for group in groups]
+    # On CPU, PyTorch pools channels_last tensors about ten times faster. Real poolings alone convolve in the layout
+    # that came in, so that an all-max stem repeats the stock convolution bit by bit.
     as_channels_last = x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_functorch()
-    pooled_max = pooled_modulus = max_moments = modulus_moments = None
-    # On CPU, PyTorch pools channels_last tensors about ten times faster. An all-max plan convolves in the layout that
-    # came in, so that it repeats the stock convolution bit by bit.
-    if as_channels_last and len(channels.modulus) > 0:
+    if as_channels_last and any(entry.is_complex for entry in entries):
         x = x.contiguous(memory_format=torch.channels_last)
+    maps = _convolved(x, weight, bias, weight_imag, groups, conv, pool)
+    if as_channels_last:
+        maps = [y if entry.is_complex else _channels_last(y) for entry, y in zip(entries, maps, strict=True)]
+    return [entry.pool(y, pool, with_moments) for entry, y in zip(entries, maps, strict=True)]
 
-    if len(channels.max) > 0:
-        weight_max, bias_max = weight, bias
-        if not all_max:
-            weight_max = weight.index_select(0, channels.max)
-            bias_max = None if bias is None else bias.index_select(0, channels.max)
-        y = F.conv2d(x, weight_max, bias_max, conv.stride, conv.padding, conv.dilation)
-        max_moments = real_moments(y) if with_moments else None
-        if as_channels_last:
-            y = y.contiguous(memory_format=torch.channels_last)
-        pooled_max = dense_max_pool(y, pool) if max_blur == 3 else max_pool(y, pool)
 
-    if len(channels.modulus) > 0:
+# --- the convolution --------------------------------------------------------------------------------------------------
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry, pool: PoolGeometry) -> Tensor:
+    """At every position."""
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
+
+
+def convolve_at_centers(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry, pool: PoolGeometry
+) -> Tensor:
+    """At the windows' centres only, at the total stride, where `centers_are_inside` holds; elsewhere everywhere.
+
+    The first centre lies `center - padding` steps into the map, so the input loses that many strides on its first
+    side; on its last side it loses what no window's centre reaches. Nothing here depends on the input's size.
+    """
+    if not centers_are_inside(pool):
+        return convolve(x, weight, bias, conv, pool)
+    pads = []
+    for stride, padding, size, step, pool_padding, center in zip(
+        conv.stride, conv.padding, pool.size, pool.stride, pool.padding, pool.center, strict=True
+    ):
+        end = unreached(size, step, pool_padding, center, pool.ceil_mode)
+        pads.append((padding - stride * (center - pool_padding), padding - stride * end))
+    (top, bottom), (left, right) = pads
+    stride = (conv.stride[0] * pool.stride[0], conv.stride[1] * pool.stride[1])
+    if top == bottom and left == right and min(top, left) >= 0:
+        return F.conv2d(x, weight, bias, stride, (top, left), conv.dilation)
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, conv.dilation)
+
+
+def _convolved(x, weight, bias, weight_imag, groups, conv, pool) -> list[Tensor]:
+    """The map of each group; one convolution for all groups that are convolved alike."""
+    maps: dict[int, Tensor] = {}
+    first_imag = 0
+    filters = []
+    for group in groups:  # (filters, their number of real ones)
+        is_complex, count = POOLINGS[group.pooling].is_complex, len(group.index)
+        imag = weight_imag[first_imag : first_imag + count] if is_complex else None
+        first_imag += count if is_complex else 0
+        filters.append(_filters_of(group, weight, bias, imag))
+    convolutions = [POOLINGS[group.pooling].convolve or convolve for group in groups]
+    for convolution in dict.fromkeys(convolutions):
+        members = [i for i, own in enumerate(convolutions) if own is convolution]
+        weights, biases = ([filters[i][part] for i in members] for part in (0, 1))
+        sizes = [len(w) for w in weights]
         with without_autocast(weight):  # it refuses to join the half types that are not its own
-            weight_real = weight if all_modulus else weight.index_select(0, channels.modulus)
-            weight_modulus = torch.cat([weight_real, weight_imag])
-        if blur == 1 and centers_are_inside(pool):
-            z = convolve_at_centers(x, weight_modulus, conv, pool)
-        else:
-            z = F.conv2d(x, weight_modulus, None, conv.stride, conv.padding, conv.dilation)
-        envelope = modulus(z)
-        modulus_moments = energy_moments(envelope) if with_moments else None
-        if blur == 3:
-            envelope = lowpass_pool(envelope, pool)
-        elif not centers_are_inside(pool):
-            envelope = nearest_centers(envelope, pool)
-        pooled_modulus = envelope.to(z.dtype)
-    return Pooled(pooled_max, pooled_modulus, max_moments, modulus_moments)
+            joined = weights[0] if len(members) == 1 else torch.cat(weights)
+            if all(b is None for b in biases):
+                joined_bias = None
+            elif len(members) == 1:
+                joined_bias = biases[0]
+            else:
+                joined_bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases)])
+        y = convolution(x, joined, joined_bias, conv, pool)
+        parts = [y] if len(members) == 1 else y.split(sizes, dim=1)
+        maps |= dict(zip(members, parts, strict=True))
+    return [maps[i] for i in range(len(groups))]
 
 
-# --- the max branch ---------------------------------------------------------------------------------------------------
+def _filters_of(
+    group: Group, weight: Tensor, bias: Tensor | None, weight_imag: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The filters of a group, real parts before imaginary ones, and its bias."""
+    if len(group.index) < len(weight):
+        weight = weight.index_select(0, group.index)
+        bias = None if bias is None else bias.index_select(0, group.index)
+    if weight_imag is None:
+        return weight, bias
+    with without_autocast(weight):
+        return torch.cat([weight, weight_imag]), None
+
+
+def _channels_last(y: Tensor) -> Tensor:
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+# --- real poolings ----------------------------------------------------------------------------------------------------
 
 
 def max_pool(y: Tensor, pool: PoolGeometry) -> Tensor:
@@ -120,13 +201,29 @@ def dense_max_pool(y: Tensor, pool: PoolGeometry) -> Tensor:
 
     With ceil_mode the map reaches as far as the last window that hangs over the border.
     """
+    below = right = 0
     if pool.ceil_mode:
         height, width = y.shape[-2:]
         out_height, out_width = pool.output_size(height, width)
-        below = (out_height - 1) * pool.stride[0] + pool.size[0] - 2 * pool.padding[0] - height
-        right = (out_width - 1) * pool.stride[1] + pool.size[1] - 2 * pool.padding[1] - width
-        y = F.pad(y, (0, max(right, 0), 0, max(below, 0)), value=float("-inf"))
+        below = max((out_height - 1) * pool.stride[0] + pool.size[0] - 2 * pool.padding[0] - height, 0)
+        right = max((out_width - 1) * pool.stride[1] + pool.size[1] - 2 * pool.padding[1] - width, 0)
+    if y.device.type == "cpu" and is_eager() and not (y.requires_grad and torch.is_grad_enabled()):
+        # Three times faster there, and twenty times in NCHW; but at a tie its gradient would not be max pooling's.
+        (pad_y, pad_x) = pool.padding
+        y = F.pad(y, (pad_x, pad_x + right, pad_y, pad_y + below), value=float("-inf"))
+        return _running_max(_running_max(y, 2, pool.size[0]), 3, pool.size[1])
+    if below or right:
+        y = F.pad(y, (0, right, 0, below), value=float("-inf"))
     return F.max_pool2d(y, pool.size, 1, pool.padding)
+
+
+def _running_max(y: Tensor, dim: int, size: int) -> Tensor:
+    """Maximum over `size` neighbours along one axis."""
+    length = y.shape[dim] - size + 1
+    out = y.narrow(dim, 0, length)
+    for i in range(1, size):
+        out = torch.maximum(out, y.narrow(dim, i, length))
+    return out
 
 
 def binomial_decimate(out: Tensor, pool: PoolGeometry) -> Tensor:
@@ -148,17 +245,17 @@ def binomial_decimate(out: Tensor, pool: PoolGeometry) -> Tensor:
         return F.conv2d(out, kernel, stride=pool.stride, groups=out.shape[1]).to(dtype)
 
 
-# --- the modulus branch -----------------------------------------------------------------------------------------------
+# --- complex poolings -------------------------------------------------------------------------------------------------
 
 
-def lowpass_pool(envelope: Tensor, pool: PoolGeometry) -> Tensor:
+def lowpass_pool(values: Tensor, pool: PoolGeometry) -> Tensor:
     """Binomial mean over each window: [1 2 1] x [1 2 1] on windows of 3, [1 1] x [1 1] on windows of 2.
 
-    Positions outside `envelope` do not count and the other weights are scaled up to sum to 1 (constant in, constant
+    Positions outside `values` do not count and the other weights are scaled up to sum to 1 (constant in, constant
     out). The output size is the max pool's.
     """
-    out_height, out_width = pool.output_size(*envelope.shape[-2:]) if pool.ceil_mode else (None, None)
-    kernel = binomial_kernel(pool.size, envelope)
+    out_height, out_width = pool.output_size(*values.shape[-2:]) if pool.ceil_mode else (None, None)
+    kernel = binomial_kernel(pool.size, values)
 
     def window_sums(values: Tensor) -> Tensor:
         if not pool.ceil_mode:
@@ -170,41 +267,75 @@ def lowpass_pool(envelope: Tensor, pool: PoolGeometry) -> Tensor:
         sums = F.conv2d(values, kernel.expand(channels, 1, *pool.size), None, pool.stride, padding, groups=channels)
         return sums[..., :out_height, :out_width]
 
-    with without_autocast(envelope):
+    with without_autocast(values):
         if not pool.ceil_mode and pool.padding == (0, 0):
-            return window_sums(envelope)
-        return window_sums(envelope) / window_sums(torch.ones_like(envelope[:1, :1]))
+            return window_sums(values)
+        return window_sums(values) / window_sums(torch.ones_like(values[:1, :1]))
 
 
-def convolve_at_centers(x: Tensor, weight: Tensor, conv: ConvGeometry, pool: PoolGeometry) -> Tensor:
-    """The convolution at the windows' centres only, at the total stride, where `centers_are_inside` holds.
-
-    The first centre lies `center - padding` steps into the map, so the input loses that many strides on its first
-    side; on its last side it loses what no window's centre reaches. Nothing here depends on the input's size.
-    """
-    pads = []
-    for stride, padding, size, step, pool_padding, center in zip(
-        conv.stride, conv.padding, pool.size, pool.stride, pool.padding, pool.center, strict=True
-    ):
-        end = unreached(size, step, pool_padding, center, pool.ceil_mode)
-        pads.append((padding - stride * (center - pool_padding), padding - stride * end))
-    (top, bottom), (left, right) = pads
-    stride = (conv.stride[0] * pool.stride[0], conv.stride[1] * pool.stride[1])
-    if top == bottom and left == right and min(top, left) >= 0:
-        return F.conv2d(x, weight, None, stride, (top, left), conv.dilation)
-    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride, 0, conv.dilation)
-
-
-def nearest_centers(envelope: Tensor, pool: PoolGeometry) -> Tensor:
-    """The envelope at the windows' centres, taken at the nearest position on the map where a centre lies outside."""
-    height, width = envelope.shape[-2:]
+def nearest_centers(values: Tensor, pool: PoolGeometry) -> Tensor:
+    """The values at the windows' centres, taken at the nearest position on the map where a centre lies outside."""
+    height, width = values.shape[-2:]
     out_height, out_width = pool.output_size(height, width)
-    rows = torch.arange(out_height, device=envelope.device) * pool.stride[0] + pool.center[0] - pool.padding[0]
-    columns = torch.arange(out_width, device=envelope.device) * pool.stride[1] + pool.center[1] - pool.padding[1]
-    return envelope[:, :, rows.clamp(0, height - 1)[:, None], columns.clamp(0, width - 1)]
+    rows = torch.arange(out_height, device=values.device) * pool.stride[0] + pool.center[0] - pool.padding[0]
+    columns = torch.arange(out_width, device=values.device) * pool.stride[1] + pool.center[1] - pool.padding[1]
+    return values[:, :, rows.clamp(0, height - 1)[:, None], columns.clamp(0, width - 1)]
 
 
-# --- both branches ----------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def _max(y: Tensor, pool: PoolGeometry, with_moments: bool) -> Pooled:
+    return Pooled(max_pool(y, pool), real_moments(y) if with_moments else None)
+
+
+def _dense_max(y: Tensor, pool: PoolGeometry, with_moments: bool) -> Pooled:
+    return Pooled(dense_max_pool(y, pool), real_moments(y) if with_moments else None)
+
+
+def _central_modulus(z: Tensor, pool: PoolGeometry, with_moments: bool) -> Pooled:
+    envelope = modulus(z)
+    moments = modulus_moments(envelope) if with_moments else None
+    if not centers_are_inside(pool):
+        envelope = nearest_centers(envelope, pool)
+    return Pooled(envelope.to(z.dtype), moments)
+
+
+def _mean_modulus(z: Tensor, pool: PoolGeometry, with_moments: bool) -> Pooled:
+    envelope = modulus(z)
+    moments = modulus_moments(envelope) if with_moments else None
+    return Pooled(lowpass_pool(envelope, pool).to(z.dtype), moments)
+
+
+def _root_mean_energy(z: Tensor, pool: PoolGeometry, with_moments: bool) -> Pooled:
+    # |z|^2 is band-limited and |z| is not: low-pass first and root last alias less.
+    energies = energy(z)
+    moments = energy_moments(energies) if with_moments else None
+    return Pooled(root(lowpass_pool(energies, pool)).to(z.dtype), moments)
+
+
+# The order is the code of a pooling in a checkpoint's `plan`: new ones come last.
+POOLINGS: dict[str, Pooling] = {
+    "max": Pooling(is_complex=False, pool=_max, kernel="max"),
+    "cmod": Pooling(is_complex=True, pool=_central_modulus, convolve=convolve_at_centers, kernel="modulus1"),
+    "blurpool": Pooling(is_complex=False, pool=_dense_max, finish=binomial_decimate),
+    "modulus": Pooling(is_complex=True, pool=_mean_modulus, kernel="modulus3"),
+    "energy": Pooling(is_complex=True, pool=_root_mean_energy),
+}
+
+
+def check_poolings(poolings: str | Sequence[str], count: int) -> tuple[str, ...]:
+    """One name per channel, from a name for all of them or a sequence; ValueError for anything else."""
+    names = (poolings,) * count if isinstance(poolings, str) else tuple(poolings)
+    unknown = [name for name in names if not isinstance(name, str) or name not in POOLINGS]
+    if unknown:
+        raise ValueError(f"expected poolings of {tuple(POOLINGS)}, got {unknown[0]!r}")
+    if len(names) != count:
+        raise ValueError(f"expected {count} poolings, one per output channel, got {len(names)}")
+    return names
+
+
+# --- after the pooling ------------------------------------------------------------------------------------------------
 
 
 def affine(pooled: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -219,30 +350,29 @@ def affine(pooled: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor
 
 
 def activate_and_merge(
-    max_part: Tensor | None,
-    modulus_part: Tensor | None,
-    channels: Channels,
+    parts: Sequence[Tensor],
+    groups: Sequence[Group],
     act: Callable[[Tensor], Tensor],
     pool: PoolGeometry,
-    max_blur: int,
     memory_format: torch.memory_format,
 ) -> Tensor:
-    """act, BlurPool's decimation of the max channels, and all channels back in their places."""
-    if max_part is not None:
-        max_part = act(max_part)
-        if max_blur == 3:
-            max_part = binomial_decimate(max_part, pool)
-    if modulus_part is not None:
-        modulus_part = act(modulus_part)
-    if max_part is None or modulus_part is None:
-        part = modulus_part if max_part is None else max_part
-        return part.contiguous(memory_format=memory_format)
+    """act, what a pooling does after it, and all channels in their places."""
+    finished = []
+    for part, group in zip(parts, groups, strict=True):
+        finish = POOLINGS[group.pooling].finish
+        part = act(part)
+        finished.append(part if finish is None else finish(part, pool))
+    if len(finished) == 1:
+        return finished[0].contiguous(memory_format=memory_format)
+    indices = [group.index for group in groups]
     if in_functorch():  # vmap can neither fill a new tensor in place nor lay one out
-        order = torch.cat([channels.max, channels.modulus]).argsort()
-        return torch.cat([max_part, modulus_part], dim=1).index_select(1, order)
-    size = (max_part.shape[0], len(channels.max) + len(channels.modulus), *max_part.shape[-2:])
-    out = torch.empty(size, dtype=max_part.dtype, device=max_part.device, memory_format=memory_format)
-    return out.index_copy_(1, channels.max, max_part).index_copy_(1, channels.modulus, modulus_part)
+        return torch.cat(finished, dim=1).index_select(1, torch.cat(indices).argsort())
+    first = finished[0]
+    size = (first.shape[0], sum(len(index) for index in indices), *first.shape[-2:])
+    out = torch.empty(size, dtype=first.dtype, device=first.device, memory_format=memory_format)
+    for part, index in zip(finished, indices, strict=True):
+        out = out.index_copy_(1, index, part)
+    return out
 
 
 def binomial_kernel(size: Pair, like: Tensor) -> Tensor:

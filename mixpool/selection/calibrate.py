@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mixpool.filters.partner import analytic_partner
-from mixpool.ops.reference import Channels
+from mixpool.ops.modes import of_nobody
+from mixpool.ops.reference import Group, groups_of
 from mixpool.selection.images import MAX_IMAGES, batches_of
 from mixpool.selection.predict import pictures_for
 from mixpool.selection.stats import FilterStats
-
-if TYPE_CHECKING:
-    from mixpool.stem.module import MixPoolStem
+from mixpool.stem.module import MixPoolStem
 
 POSITIONS_PER_IMAGE = 1024
 NEGLIGIBLE = 1e-6  # share of the largest variance below which a channel is dead
@@ -35,22 +34,30 @@ class Fits(NamedTuple):
 
 
 @torch.no_grad()
-def measure(stem: MixPoolStem, index: Tensor, stats: FilterStats, images: Tensor | Iterable[Tensor]) -> Fits:
-    """Fit each channel's modulus to its max pooling on images, before the activation, and correlate them after it.
+def measure(
+    stem: MixPoolStem,
+    index: Tensor,
+    stats: FilterStats,
+    images: Tensor | Iterable[Tensor],
+    poolings: Sequence[str],
+) -> Fits:
+    """Fit each channel's complex pooling to its max pooling on images, before the activation, and correlate after it.
 
     Least squares over at most 1024 positions of each of at most 512 images, drawn with a fixed seed; the norm layer
-    is used as in evaluation.
+    is used as in evaluation. `poolings` names one for each channel of the stem.
     """
-    index = index.cpu()
-    if len(index) == 0:
-        return Fits(index, torch.empty(0), torch.empty(0), torch.empty(0))
     device, dtype = stem.weight.device, stem.weight.dtype
+    wanted = set(index.tolist())
+    groups = groups_of([name if i in wanted else "" for i, name in enumerate(poolings)], device)
+    if not groups:
+        nothing = torch.empty(0, device="cpu")
+        return Fits(index.cpu(), nothing, nothing, nothing)
+    on_device = torch.cat([group.index for group in groups])
+    index = on_device.cpu()
     direction = stats.center_frequency[index].to(device)
-    on_device = index.to(device)
     weight_imag = analytic_partner(stem.weight.index_select(0, on_device), direction)
-    nothing = on_device[:0]
     samples: tuple[list[Tensor], list[Tensor]] = ([], [])
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     was_training = stem.bn is not None and stem.bn.training
     count = 0
     if was_training:
@@ -59,10 +66,10 @@ def measure(stem: MixPoolStem, index: Tensor, stats: FilterStats, images: Tensor
         for batch in batches_of(images, stem.in_channels):
             batch = batch[: MAX_IMAGES - count].to(device, dtype)
             count += len(batch)
-            by_max, _ = stem.pool_and_normalize(batch, Channels(on_device, nothing), None, max_blur=1)
-            _, by_modulus = stem.pool_and_normalize(batch, Channels(nothing, on_device), weight_imag)
+            (by_max,) = stem.pool_and_normalize(batch, [Group("max", on_device)])
+            by_modulus = torch.cat(stem.pool_and_normalize(batch, groups, weight_imag), dim=1)
             positions = by_max.shape[-2] * by_max.shape[-1]
-            drawn = torch.randperm(positions, generator=generator)[:POSITIONS_PER_IMAGE].to(device)
+            drawn = torch.randperm(positions, generator=generator, device="cpu")[:POSITIONS_PER_IMAGE].to(device)
             for kept, pooled in zip(samples, (by_max, by_modulus), strict=True):
                 kept.append(pooled.flatten(2)[:, :, drawn].transpose(0, 1).flatten(1).float().cpu())
             if count >= MAX_IMAGES:
@@ -116,16 +123,17 @@ def typical_pictures(stem: MixPoolStem, index: Tensor) -> Tensor:
 # --- folding the fits into the parameters -----------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def calibrate(stem: MixPoolStem, fits: Fits) -> None:
+@of_nobody()
+def calibrate(stem: MixPoolStem, fits: Fits) -> bool:
     """Fold a * modulus + b of the swapped channels into the norm layer, or into the filters where there is none.
 
-    The values before are kept, so that `stock_values` gives them back bit by bit; the gain and the offset go to the
-    buffer `calibration`, from which a reloaded model gets them back within rounding.
+    Returns whether anything was folded in. The values before are kept, so that `stock_values` gives them back bit by
+    bit; the gain and the offset go to the buffer `calibration`, from which a reloaded model gets them back within
+    rounding.
     """
     usable = (fits.gain > 0.05) & torch.isfinite(fits.gain) & torch.isfinite(fits.offset)
     if not _can_scale(stem):
-        return
+        return False
     index = fits.index[usable].to(stem.weight.device)
     gain, offset = (v[usable].to(stem.weight.device, torch.float32) for v in (fits.gain, fits.offset))
     stem.calibration[index] = torch.stack([gain, offset], dim=1).to(stem.calibration.dtype)
@@ -135,6 +143,7 @@ def calibrate(stem: MixPoolStem, fits: Fits) -> None:
     for name, tensor in _calibrated_tensors(stem).items():
         tensor.copy_(after[name])
     stem.before_calibration = {name: (after[name], before[name]) for name in before}
+    return bool((stem.calibration[:, 0] != 1).any())
 
 
 @torch.no_grad()
@@ -148,8 +157,6 @@ def stock_values(stem: MixPoolStem) -> dict[str, Tensor]:
         return {}
     values = {}
     for name, tensor in _calibrated_tensors(stem).items():
-        if name == "weight_imag":
-            continue
         undone = _undo(name, tensor, gain, offset)
         if stem.before_calibration is not None:
             after, before = (t.to(tensor) for t in stem.before_calibration[name])
@@ -162,7 +169,7 @@ def _calibrated_tensors(stem: MixPoolStem) -> dict[str, Tensor]:
     if stem.bn is not None:
         tensors = {"bn.weight": stem.bn.weight, "bn.bias": stem.bn.bias}
     else:
-        tensors = {"weight": stem.weight, "bias": stem.bias, "weight_imag": getattr(stem, "weight_imag", None)}
+        tensors = {"weight": stem.weight, "bias": stem.bias}
     return {name: tensor.data for name, tensor in tensors.items() if tensor is not None}
 
 

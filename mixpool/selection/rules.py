@@ -1,25 +1,24 @@
-"""Which channels take the modulus: from their filters alone, or also from how they pool real images.
+"""Which channels pool by the complex convolution: from their filters alone, or also from how they pool real images.
 
-The thresholds below come from `python -m benchmarks.selection`; its records and its page say how.
+The thresholds below come from `python -m benchmarks.selecting`; its records and its page say how.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mixpool.ops.modes import of_nobody
+from mixpool.ops.reference import POOLINGS
 from mixpool.selection.calibrate import Fits, has_seen_data, measure, typical_pictures
-from mixpool.selection.plan import KINDS, ChannelPlan
+from mixpool.selection.plan import ChannelPlan
 from mixpool.selection.stats import FilterStats, analyze
+from mixpool.stem.module import MixPoolStem
 
-if TYPE_CHECKING:
-    from mixpool.stem.module import MixPoolStem
-
-Select = str | Sequence[bool] | Callable[[FilterStats], Sequence[bool]]
+Select = str | Sequence[bool] | Sequence[str] | Callable[[FilterStats], Sequence[bool]]
 
 MAX_DC_SHARE = 0.05  # a filter that sees the mean brightness is no band-pass filter
 # Correlation of the modulus (blur=3) with max pooling, as predicted from the weights alone.
@@ -29,46 +28,78 @@ MIN_CANDIDATE_CORRELATION = 0.70
 MIN_FIDELITY = 0.84
 
 
-def make_plan(
-    select: Select, stem: MixPoolStem, images: Tensor | Iterable[Tensor] | None = None
+@of_nobody()
+def choose(
+    stem: MixPoolStem,
+    select: Select,
+    images: Tensor | Iterable[Tensor] | None = None,
+    *,
+    pooling: str = "modulus",
+    rest: str = "max",
 ) -> tuple[ChannelPlan, Fits | None]:
-    """Decide the kind of every channel of a stem; with images, also measure the channels that may be swapped.
+    """Decide the pooling of every channel of a stem; with images, also measure the channels that may be swapped.
 
     Args:
-        select: "auto", "all", "none", a sequence of C_out booleans (or kinds, as in `plan.kinds`), or a function of
-            FilterStats that returns one.
-        stem: the stem, with its parts in place and no plan yet.
-        images: batches of the stem's input; see MixPoolStem.
+        stem: the stem; it stays as it is.
+        select: "auto", "all", "none", a sequence of C_out booleans or names of poolings, or a function of FilterStats
+            that returns one.
+        images: batches of the stem's input.
+        pooling: of the chosen channels, a complex one.
+        rest: of the others, a real one.
     Returns:
         The plan, and the fits of the swapped channels for `calibrate`: on the images, or, for "auto" without images
         on a trained stem, on synthetic pictures; None if there is nothing to fold in.
     Raises:
-        ValueError: `select` or `images` is none of the above; the message shows what came.
+        ValueError: an argument is none of the above; the message shows what came.
     """
+    check_words(pooling, rest)
+    if stem.weight.is_meta:
+        raise ValueError("expected the convolution's weights to exist, got a meta tensor: load weights first")
     stats = analyze(stem.weight, stem.stride, window=stem.window)
     if isinstance(select, str) and select == "auto":
-        if stem.dilation != (1, 1):  # between its taps lie zeros, which mirror every frequency band
-            return _plan(torch.zeros(len(stats), dtype=torch.bool), ["dilated convolution"] * len(stats), stats), None
-        if images is None:
-            mask, reasons = select_by_filter(stats)
-            fits = None
-            if mask.any() and has_seen_data(stem):
-                index = mask.nonzero()[:, 0]
-                fits = measure(stem, index, stats, typical_pictures(stem, index))
-            return _plan(mask, reasons, stats), fits
-        candidates, reasons = select_by_filter(stats, MIN_CANDIDATE_CORRELATION)
-        fits = measure(stem, candidates.nonzero()[:, 0], stats, images)
-        mask, reasons = select_by_fidelity(candidates, reasons, fits)
+        mask, reasons, fits = _automatic(stem, stats, images, pooling)
+        poolings = _named(mask, pooling, rest)
     else:
-        mask, reasons = _explicit_mask(select, stats)
-        fits = measure(stem, mask.nonzero()[:, 0], stats, images) if images is not None and mask.any() else None
-    if fits is None:
-        return _plan(mask, reasons, stats), None
-    fidelity = torch.full((len(stats),), math.nan, dtype=torch.float64)
+        poolings, reasons = _explicit(select, stats, pooling, rest)
+        mask = torch.tensor([POOLINGS[name].is_complex for name in poolings], device="cpu")
+        fits = None
+        if images is not None and mask.any():
+            fits = measure(stem, mask.nonzero()[:, 0], stats, images, poolings)
+    if fits is None or images is None:
+        return ChannelPlan(poolings, tuple(reasons), stats), fits
+    fidelity = torch.full((len(stats),), math.nan, dtype=torch.float64, device="cpu")
     fidelity[fits.index] = fits.fidelity.double()
     swapped = mask[fits.index]
     fits = Fits(*(values[swapped] for values in fits)) if swapped.any() else None
-    return _plan(mask, reasons, stats, fidelity), fits
+    return ChannelPlan(poolings, tuple(reasons), stats, fidelity), fits
+
+
+def check_words(pooling: str, rest: str) -> None:
+    """Raise ValueError unless `pooling` is a complex pooling and `rest` a real one."""
+    for word, name, is_complex in (("pooling", pooling, True), ("rest", rest, False)):
+        names = tuple(own for own, entry in POOLINGS.items() if entry.is_complex == is_complex)
+        if name not in names:
+            raise ValueError(f"expected {word} to be one of {names}, got {name!r}")
+
+
+def _automatic(
+    stem: MixPoolStem, stats: FilterStats, images: Tensor | Iterable[Tensor] | None, pooling: str
+) -> tuple[Tensor, list[str], Fits | None]:
+    if stem.dilation != (1, 1):  # between its taps lie zeros, which mirror every frequency band
+        none = torch.zeros(len(stats), dtype=torch.bool, device="cpu")
+        return none, ["dilated convolution"] * len(stats), None
+    poolings = (pooling,) * len(stats)
+    if images is None:
+        mask, reasons = select_by_filter(stats)
+        fits = None
+        if mask.any() and has_seen_data(stem):
+            index = mask.nonzero()[:, 0]
+            fits = measure(stem, index, stats, typical_pictures(stem, index), poolings)
+        return mask, reasons, fits
+    candidates, reasons = select_by_filter(stats, MIN_CANDIDATE_CORRELATION)
+    fits = measure(stem, candidates.nonzero()[:, 0], stats, images, poolings)
+    mask, reasons = select_by_fidelity(candidates, reasons, fits)
+    return mask, reasons, fits
 
 
 def select_by_filter(
@@ -78,10 +109,10 @@ def select_by_filter(
 
     A channel takes the modulus if it is a band-pass filter whose modulus is expected to follow its max pooling on
     photographs. That leaves out low frequencies, waves that stand still under the stride, and broad bands: there the
-    modulus is another feature. The decision is the same for every blur.
+    modulus is another feature. The decision is the same for every complex pooling.
     """
     correlation = stats.predicted_correlation_blur3
-    mask, reasons = torch.zeros(len(stats), dtype=torch.bool), []
+    mask, reasons = torch.zeros(len(stats), dtype=torch.bool, device="cpu"), []
     for channel, (share, value) in enumerate(zip(stats.dc_share.tolist(), correlation.tolist(), strict=True)):
         if share > MAX_DC_SHARE:
             reasons.append(f"low-pass, dc share {share:.3f} > {MAX_DC_SHARE}")
@@ -107,26 +138,26 @@ def select_by_fidelity(candidates: Tensor, reasons: list[str], fits: Fits) -> tu
 # --- small helpers ----------------------------------------------------------------------------------------------------
 
 
-def _explicit_mask(select: Select, stats: FilterStats) -> tuple[Tensor, list[str]]:
+def _explicit(select: Select, stats: FilterStats, pooling: str, rest: str) -> tuple[tuple[str, ...], list[str]]:
     count = len(stats)
     if isinstance(select, str):
         if select not in ("all", "none"):
             raise ValueError(f'expected select to be "auto", "all", "none", booleans or a function, got {select!r}')
-        return torch.full((count,), select == "all"), [f'select="{select}"'] * count
+        return (pooling if select == "all" else rest,) * count, [f'select="{select}"'] * count
     origin = "select(stats)" if callable(select) else "given"
     values = select(stats) if callable(select) else select
     if not isinstance(values, Iterable):
         what = f"a function that returned {values!r}" if callable(select) else repr(select)
         raise ValueError(f'expected select to be "auto", "all", "none", booleans or a function of them, got {what}')
     values = values.tolist() if isinstance(values, Tensor) else list(values)
-    values = [KINDS.index(value) if isinstance(value, str) and value in KINDS else value for value in values]
+    if len(values) == count and all(isinstance(value, str) and value in POOLINGS for value in values):
+        return tuple(values), [origin] * count
     if len(values) != count or any(value not in (0, 1) for value in values):
         raise ValueError(
             f"expected {count} booleans from select, one per output channel, got {len(values)}: {values!r:.200}"
         )
-    return torch.tensor(values, dtype=torch.bool), [origin] * count
+    return _named(values, pooling, rest), [origin] * count
 
 
-def _plan(mask: Tensor, reasons: Sequence[str], stats: FilterStats, fidelity: Tensor | None = None) -> ChannelPlan:
-    kinds = tuple("modulus" if flag else "max" for flag in mask.tolist())
-    return ChannelPlan(kinds, tuple(reasons), stats, fidelity)
+def _named(mask: Iterable[bool], pooling: str, rest: str) -> tuple[str, ...]:
+    return tuple(pooling if flag else rest for flag in mask)

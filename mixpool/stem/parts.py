@@ -46,27 +46,36 @@ def check_parts(conv: nn.Module, norm: nn.Module | None, act: nn.Module, pool: n
             "expected the convolution's weight to be a plain parameter, got one that is computed (weight norm, "
             "spectral norm or pruning): make it permanent first"
         )
-    if conv.weight.is_meta:
-        raise ValueError("expected the convolution's weights to exist, got a meta tensor: load weights first")
     if conv.groups != 1 or conv.padding_mode != "zeros":
         raise ValueError(f"expected groups=1 and zero padding, got {conv.groups=} and {conv.padding_mode=}")
     if conv.padding == "same":
         raise ValueError('expected numbers as the convolution\'s padding, got "same"')
-    if norm is not None and not is_supported_norm(norm):
+    check_norm(norm, conv.out_channels)
+    check_act(act)
+    if type(pool) is not nn.MaxPool2d:
+        raise ValueError(f"expected the pooling to be an nn.MaxPool2d, got {describe(pool)}")
+    if pair(pool.dilation) != (1, 1) or pool.return_indices:
+        raise ValueError(f"expected a max pool with dilation=1 and return_indices=False, got {pool}")
+
+
+def check_norm(norm: nn.Module | None, num_channels: int) -> None:
+    """Raise ValueError naming a norm layer that is none of those whose affine map is known."""
+    if norm is None:
+        return
+    if not is_supported_norm(norm):
         raise ValueError(f"expected a batch norm of torch, torchvision or timm, got {describe(norm)}")
-    if norm is not None:
-        channels = getattr(norm, "num_features", None) or len(norm.weight)
-        if channels != conv.out_channels:
-            raise ValueError(f"expected a norm layer of {conv.out_channels} channels, got {norm}")
+    channels = getattr(norm, "num_features", None) or len(norm.weight)
+    if channels != num_channels:
+        raise ValueError(f"expected a norm layer of {num_channels} channels, got {norm}")
+
+
+def check_act(act: nn.Module) -> None:
+    """Raise ValueError naming an activation that may decrease."""
     increasing = type(act) in _INCREASING_ACTIVATIONS and getattr(act, "negative_slope", 0) >= 0
     if not increasing or any(getattr(act, name, 1) < 0 for name in ("alpha",)):
         raise ValueError(
             f"expected an increasing activation such as ReLU (it has to commute with a maximum), got {describe(act)}"
         )
-    if type(pool) is not nn.MaxPool2d:
-        raise ValueError(f"expected the pooling to be an nn.MaxPool2d, got {describe(pool)}")
-    if pair(pool.dilation) != (1, 1) or pool.return_indices:
-        raise ValueError(f"expected a max pool with dilation=1 and return_indices=False, got {pool}")
 
 
 def without_hooks(act: nn.Module) -> nn.Module:

@@ -7,8 +7,8 @@
     affine     scale, shift and ReLU at pooled size;  moments  batch statistics from the kernels' partial sums
     blocks -> launch    which kernel with which blocks and which grid
     gradients -> affine_op -> ops    the operators that PyTorch sees;  flops  their cost
-    halves     those beside the reference's BlurPool, for max_blur=3
+    groups     these operators beside the reference's poolings that have no kernel
 
 Only `patches` to `affine` and `launch` import triton, and only when an operator runs. Nothing here chooses itself:
-`backend` does.
+`backend` does. The stem does not use the operators' epilogue: its norm layer is the reference's.
 """

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixpool.ops import reference
-from mixpool.ops.fused.geometry import memory_format
 from mixpool.ops.fused.gradients import aliases
+from mixpool.ops.geometry import memory_format_of
 
 
 def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, relu: bool = True) -> Tensor:
@@ -33,7 +33,7 @@ def both_vectors(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Te
 def _affine_relu(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
     from mixpool.ops.fused import launch
 
-    out = torch.empty_like(x, memory_format=memory_format(x))
+    out = torch.empty_like(x, memory_format=memory_format_of(x))
     with torch.cuda.device_of(x):
         launch.affine_forward(x, scale.contiguous(), shift.contiguous(), out, relu)()
     return out
@@ -41,7 +41,7 @@ def _affine_relu(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
 
 @_affine_relu.register_fake
 def _(x, scale, shift, relu):
-    return torch.empty_like(x, memory_format=memory_format(x))
+    return torch.empty_like(x, memory_format=memory_format_of(x))
 
 
 def _save_affine(ctx, inputs, output) -> None:
@@ -60,7 +60,7 @@ def _affine_backward(ctx, grad):
             found = torch.autograd.grad(out, [(x, scale, shift)[i] for i in wanted], grad, create_graph=True)
         grads = dict(zip(wanted, found, strict=True))
         return grads.get(0), grads.get(1), grads.get(2), None
-    grad = grad.contiguous(memory_format=memory_format(x))
+    grad = grad.contiguous(memory_format=memory_format_of(x))
     grad_x, grad_scale, grad_shift = torch.ops.mixpool.affine_relu_backward(grad, x, scale, shift, ctx.relu)
     return grad_x, grad_scale, grad_shift, None
 
@@ -78,7 +78,7 @@ def _affine_relu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from mixpool.ops.fused import launch
 
-    grad_x = torch.empty_like(x, memory_format=memory_format(x))
+    grad_x = torch.empty_like(x, memory_format=memory_format_of(x))
     with torch.cuda.device_of(x):
         call, sums = launch.affine_backward(x, scale.contiguous(), shift.contiguous(), grad_out, grad_x, relu)
         call()
@@ -89,7 +89,7 @@ def _affine_relu_backward(
 @_affine_relu_backward.register_fake
 def _(grad_out, x, scale, shift, relu):
     return (
-        torch.empty_like(x, memory_format=memory_format(x)),
+        torch.empty_like(x, memory_format=memory_format_of(x)),
         scale.new_empty(scale.shape),
         shift.new_empty(shift.shape),
     )

@@ -12,13 +12,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry
 
 KINDS = ("max", "modulus1", "modulus3")
 COLUMNS = {"max": 2, "modulus1": 2, "modulus3": 4}  # of the matrix product per channel: positions of a cell x re and im
+
+
+class Channels(NamedTuple):
+    """Which output channels are pooled how: two disjoint (n,) int64 index tensors that cover all of them."""
+
+    max: Tensor
+    modulus: Tensor
 
 
 class StemGeometry(NamedTuple):
@@ -108,12 +114,3 @@ class StemGeometry(NamedTuple):
 def padded_places(n_max: int) -> int:
     """Channels of the bytes that keep the maxima's places: whole groups of the backward pass, in aligned vectors."""
     return -(-n_max // 32) * 32
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of `x` lie side by side, by the rule of `functional.memory_format_of`."""
-    return x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if is_channels_last(x) else torch.contiguous_format

@@ -9,7 +9,7 @@ from torch import Tensor
 from mixpool.ops import reference
 from mixpool.ops.fused.geometry import StemGeometry
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry
-from mixpool.ops.reference import Channels
+from mixpool.ops.reference import Group
 
 
 def aliases(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -19,7 +19,8 @@ def aliases(*tensors: Tensor | None) -> list[Tensor | None]:
 def backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments) -> tuple[Tensor | None, ...]:
     """The same gradients by plain PyTorch, differentiable again; it keeps what the kernels do not."""
     stride, padding, pool_padding, ceil_mode, blur = ctx.geometry
-    channels = Channels(*tensors[3:])
+    names = ("max", "cmod" if blur == 1 else "modulus")
+    groups = [Group(name, index) for name, index in zip(names, tensors[3:], strict=True) if len(index) > 0]
     with torch.enable_grad():
         # Aliases: V may be a function of W, whose gradient must not pass through V here and once more outside.
         x, weight, weight_imag, scale, shift = aliases(*tensors[:3], scale, shift)
@@ -28,18 +29,17 @@ def backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments)
             weight.to(ctx.dtype),
             None,
             None if weight_imag is None else weight_imag.to(ctx.dtype),
-            channels,
+            groups,
             ConvGeometry((stride,) * 2, (padding,) * 2),
             PoolGeometry(padding=(pool_padding,) * 2, ceil_mode=ceil_mode),
-            blur=blur,
             with_moments=grad_moments is not None,
         )
-        order = torch.cat(channels).argsort()
-        pooled = torch.cat([part for part in parts[:2] if part is not None], dim=1).index_select(1, order)
+        order = torch.cat([group.index for group in groups]).argsort()
+        pooled = torch.cat([part.values for part in parts], dim=1).index_select(1, order)
         out = reference.affine(pooled, scale, shift)
         outputs, upstream = [F.relu(out) if ctx.relu else out], [grad_pooled]
         if grad_moments is not None:
-            rows = [torch.stack([kind.mean, kind.var]) for kind in parts[2:] if kind is not None]
+            rows = [torch.stack([part.moments.mean, part.moments.var]) for part in parts]
             outputs.append(torch.cat(rows, dim=1).index_select(1, order))
             upstream.append(grad_moments)
         inputs = (x, weight, weight_imag, None, None, scale, shift)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mixpool.ops.fused import affine, centers, moments, packing, windows, windows_backward
 from mixpool.ops.fused.blocks import SMALLEST_SHARED_MEMORY, Blocks, blocks_for
-from mixpool.ops.fused.geometry import COLUMNS, StemGeometry, is_channels_last
+from mixpool.ops.fused.geometry import COLUMNS, StemGeometry
+from mixpool.ops.geometry import is_channels_last
 
 
 class Call(NamedTuple):

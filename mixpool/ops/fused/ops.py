@@ -21,10 +21,9 @@ from torch import Tensor
 
 from mixpool.ops.fused.affine_op import affine_relu, both_vectors
 from mixpool.ops.fused.flops import register_formulas
-from mixpool.ops.fused.geometry import StemGeometry, memory_format, padded_places
+from mixpool.ops.fused.geometry import Channels, StemGeometry, padded_places
 from mixpool.ops.fused.gradients import backward_of_reference, input_gradient
-from mixpool.ops.geometry import ConvGeometry, PoolGeometry
-from mixpool.ops.reference import Channels
+from mixpool.ops.geometry import ConvGeometry, PoolGeometry, memory_format_of
 
 __all__ = ["affine_relu", "convolve_and_pool"]
 
@@ -178,7 +177,7 @@ def _(
 def _outputs(x, weight, max_index, geometry, with_moments, with_argmax, dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Fresh tensors: the pooled map, the maxima's places (none if not asked), the moments (none if not asked)."""
     size = geometry.pooled_size
-    layout = {"device": x.device, "memory_format": memory_format(x)}
+    layout = {"device": x.device, "memory_format": memory_format_of(x)}
     pooled = torch.empty((x.shape[0], weight.shape[0], *size), dtype=dtype, **layout)
     n_places = padded_places(max_index.shape[0])
     places = (x.shape[0], n_places, *size) if with_argmax else (0, 0, 0, 0)
@@ -231,7 +230,7 @@ def _backward(ctx, grad_pooled, _, grad_moments):
     tensors = (x, weight, weight_imag, max_index, modulus_index)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: these gradients need theirs
         return backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments)
-    grad_pooled = grad_pooled.contiguous(memory_format=memory_format(x))
+    grad_pooled = grad_pooled.contiguous(memory_format=memory_format_of(x))
     has_epilogue = scale is not None or shift is not None or ctx.relu
     if has_epilogue or (max_index.shape[0] > 0 and not ctx.with_argmax):  # the pass was recorded without gradients
         pooled, argmax, moments = torch.ops.mixpool.convolve_and_pool(
@@ -309,7 +308,7 @@ def _convolve_and_pool_backward(
                 filters = weight.index_select(0, channels)
                 filters = filters if imag is None else torch.cat([filters, imag.to(filters.dtype)])
                 size = geometry.pooled_size if kind == "modulus1" else geometry.conv_size
-                layout = {"dtype": dtype, "device": x.device, "memory_format": memory_format(x)}
+                layout = {"dtype": dtype, "device": x.device, "memory_format": memory_format_of(x)}
                 grad_conv = torch.empty((x.shape[0], len(filters), *size), **layout)
                 of_maps.setdefault(1 + (kind == "modulus1"), []).append((grad_conv, filters.to(dtype)))
             call, partial = launch.backward(
@@ -368,5 +367,5 @@ def _gradients(x, weight, weight_imag, with_input: bool, with_weight: bool) -> t
 
     grad_x = x.new_empty((0,))
     if with_input:
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return grad_x, like(weight, with_weight), like(weight_imag, with_weight)
