@@ -60,6 +60,8 @@ def assert_same_bits(name: str, actual: Tensor, expected: Tensor) -> None:
         )
 
 
+COMPLEX = ("cmod", "modulus", "energy")
+
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
@@ -77,7 +79,7 @@ def definition(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    is_modulus: Sequence[bool],
+    pooling: Sequence[str],
     weight_imag: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -89,13 +91,14 @@ def definition(
     pool_stride: tuple[int, int] = (2, 2),
     pool_padding: tuple[int, int] = (0, 0),
     ceil_mode: bool = False,
-    blur: int = 3,
-    max_blur: int = 1,
 ) -> np.ndarray:
     """The operation of the specification, written as loops over output positions in float64; nothing of mixpool.
 
-    max      [binomial decimation of]  max over the window of act(a conv(x; W) + b)
-    modulus  act(|a| lowpass over the window of |conv(x; W + iV)| + b)      with b = a * bias + shift
+    With b = a * bias + shift, z = conv(x; W + iV), and all over the window:
+
+    max       max of act(a conv(x; W) + b);  blurpool  the same at every position, then a binomial decimation
+    cmod      act(|a| |z| at the centre + b)
+    modulus   act(|a| lowpass of |z| + b);   energy    act(|a| root of the lowpass of |z|^2 + b)
     """
     x, weight = _array(x), _array(weight)
     channels = len(weight)
@@ -104,7 +107,7 @@ def definition(
     shift = np.zeros(channels) if shift is None else _array(shift)
     offset = scale * bias + shift
     real = _convolve(x, weight, conv_stride, conv_padding, conv_dilation)
-    if any(is_modulus):
+    if set(pooling) & set(COMPLEX):
         imaginary = _convolve(x, _array(weight_imag), conv_stride, conv_padding, conv_dilation)
     height, width = real.shape[-2:]
     out_size = [
@@ -114,13 +117,19 @@ def definition(
     out = np.full((len(x), channels, *out_size), np.nan)
     for channel in range(channels):
         for n in range(len(x)):
-            if is_modulus[channel]:
+            if pooling[channel] in COMPLEX:
                 envelope = np.hypot(real[n, channel], imaginary[n, channel])
-                pooled = _lowpass(envelope, out_size, pool_size, pool_stride, pool_padding, blur)
+                windows = (out_size, pool_size, pool_stride, pool_padding)
+                if pooling[channel] == "cmod":
+                    pooled = _centers(envelope, *windows)
+                elif pooling[channel] == "modulus":
+                    pooled = _lowpass(envelope, *windows)
+                else:
+                    pooled = np.sqrt(_lowpass(envelope**2, *windows))
                 out[n, channel] = act(abs(scale[channel]) * pooled + offset[channel])
                 continue
             activated = act(scale[channel] * real[n, channel] + offset[channel])
-            if max_blur == 1:
+            if pooling[channel] == "max":
                 out[n, channel] = _window_maxima(activated, out_size, pool_size, pool_stride, pool_padding)
                 continue
             dense_size = [  # every position of the window, as far as the last one that the output needs
@@ -166,17 +175,24 @@ def _window_maxima(values, out_size, size, stride, padding) -> np.ndarray:
     return out
 
 
-def _lowpass(envelope, out_size, size, stride, padding, blur) -> np.ndarray:
+def _centers(envelope, out_size, size, stride, padding) -> np.ndarray:
+    """At the centre, upper left in an even window, moved onto the map where it lies outside."""
+    out = np.full(out_size, np.nan)
+    for i in range(out_size[0]):
+        for j in range(out_size[1]):
+            row = i * stride[0] - padding[0] + (size[0] - 1) // 2
+            column = j * stride[1] - padding[1] + (size[1] - 1) // 2
+            row, column = min(max(row, 0), envelope.shape[0] - 1), min(max(column, 0), envelope.shape[1] - 1)
+            out[i, j] = envelope[row, column]
+    return out
+
+
+def _lowpass(envelope, out_size, size, stride, padding) -> np.ndarray:
     binomial = {1: [1.0], 2: [1.0, 1.0], 3: [1.0, 2.0, 1.0]}
     out = np.full(out_size, np.nan)
     for i in range(out_size[0]):
         for j in range(out_size[1]):
             top, left = i * stride[0] - padding[0], j * stride[1] - padding[1]
-            if blur == 1:  # the centre, upper left in an even window, moved onto the map where it lies outside
-                row = min(max(top + (size[0] - 1) // 2, 0), envelope.shape[0] - 1)
-                column = min(max(left + (size[1] - 1) // 2, 0), envelope.shape[1] - 1)
-                out[i, j] = envelope[row, column]
-                continue
             total = weights = 0.0
             for tap_y, row in _window(top, size[0], envelope.shape[0]):
                 for tap_x, column in _window(left, size[1], envelope.shape[1]):
@@ -205,10 +221,27 @@ def _binomial_decimation(values, out_size, stride) -> np.ndarray:
 
 # --- stems ------------------------------------------------------------------------------------------------------------
 
-MIXED = (True, False, False, True, True, False, True)  # one off a power of two, both kinds, not in order
-ALL_MAX = (False,) * 7
-ALL_MODULUS = (True,) * 7
-PLANS = {"all-max": ALL_MAX, "all-modulus": ALL_MODULUS, "mixed": MIXED}
+SWAPPED = (True, False, False, True, True, False, True)  # one off a power of two, both kinds, not in order
+
+
+def plan_of(pooling: str = "modulus", rest: str = "max") -> tuple[str, ...]:
+    """A pooling for each of seven channels."""
+    return tuple(pooling if flag else rest for flag in SWAPPED)
+
+
+ALL_MAX = ("max",) * 7
+ALL_MODULUS = ("modulus",) * 7
+MIXED = plan_of()
+EVERY = ("energy", "max", "blurpool", "modulus", "cmod", "max", "energy")
+PLANS = {
+    "all-max": ALL_MAX,
+    "all-modulus": ALL_MODULUS,
+    "mixed": MIXED,
+    "cmod": plan_of("cmod"),
+    "energy": ("energy",) * 7,
+    "modulus and blurpool": plan_of("modulus", "blurpool"),
+    "every": EVERY,
+}
 
 
 def stem_parts(

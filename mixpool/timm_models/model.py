@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +19,12 @@ from mixpool.conversion.convert import convert, revert
 from mixpool.conversion.initialize import initialize
 from mixpool.conversion.report import ConversionReport
 from mixpool.conversion.stock import converted_stems, stock_state_dict
-from mixpool.selection.rules import Select
+from mixpool.ops.renamed import refuse_old
+from mixpool.selection.rules import Select, check_words
 from mixpool.timm_models.alexnet import TAPS, AlexNet
 
 INITS = ("wavelet", "gabor", "none")
+OLD_KEYWORDS = ("blur", "max_blur", "imag")
 
 
 class ZeroPaddedBlurPool2d(BlurPool2d):
@@ -59,12 +60,11 @@ class MixPoolModel:
     the model with the same one before you load. (`mixpool evaluate` and timm's `save_for_hf` see to that themselves.)
 
     Args:
-        select: as for `mixpool.convert`, which channels of stock weights take the modulus. Without weights, "auto" is
-            the bank's channels (see `init`); anything else decides instead of it ("none": the real-valued twin).
-        blur: as for `mixpool.convert`.
-        max_blur: as for `mixpool.convert`; default 3 beside a bank on the modulus (see `init`) and with `aa_layer`, as
-            a model antialiased throughout has it, else 1.
-        imag: "tied" or "free", as for `mixpool.convert`; default the checkpoint's, and "tied" without one.
+        select: as for `mixpool.convert`, which channels of stock weights are swapped. Without weights, "auto" is the
+            bank's channels (see `init`); anything else decides instead of it ("none": the real-valued twin).
+        pooling: of the swapped channels, as for `mixpool.convert`.
+        rest: of the others, as for `mixpool.convert`; default "blurpool" beside a bank on a complex pooling (see
+            `init`) and with `aa_layer`, as a model antialiased throughout has it, else "max".
         backend: as for `mixpool.convert`.
         init: what the stem starts from where no weights are loaded: "wavelet" or "gabor" for the bank of
             `mixpool.initialize`, or "none" for the stock model's random filters. All filters are trainable. The
@@ -90,9 +90,8 @@ class MixPoolModel:
         self,
         *args: Any,
         select: Select = "auto",
-        blur: int = 3,
-        max_blur: int | None = None,
-        imag: str | None = None,
+        pooling: str = "modulus",
+        rest: str | None = None,
         backend: str = "auto",
         init: str = "wavelet",
         num_bank: int | None = None,
@@ -102,11 +101,14 @@ class MixPoolModel:
         expects_weights: bool = False,
         **stock: Any,
     ) -> None:
+        refuse_old(type(self).__name__, {name: stock[name] for name in OLD_KEYWORDS if name in stock})
         if init not in INITS:
             raise ValueError(f"expected init to be one of {INITS}, got {init!r}")
         if init == "none" and num_bank is not None:
             raise ValueError(f"expected no num_bank without a bank (init='none'), got {num_bank}")
         aa_layer = _aa_class(aa_layer)
+        usual_rest = "max" if aa_layer is None else "blurpool"
+        check_words(pooling, usual_rest if rest is None else rest)
         super().__init__(*args, aa_layer=aa_layer, **stock)
         if aa_layer is not None and self.stem_pool is not None:
             parent, _, child = self.stem_pool.rpartition(".")
@@ -115,34 +117,26 @@ class MixPoolModel:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = module.momentum if bn_momentum is None else bn_momentum
                 module.eps = module.eps if bn_eps is None else bn_eps
-        self._select, self._imag = select, imag
-        usual_blur = 1 if aa_layer is None else 3
-        self._stem_options = {
-            "blur": blur,
-            "max_blur": usual_blur if max_blur is None else max_blur,
-            "backend": backend,
-        }
+        self._select = select
+        self._stem_options = {"pooling": pooling, "rest": usual_rest if rest is None else rest, "backend": backend}
         self.report: ConversionReport | None = None
         if expects_weights:
             self._convert("none")
         elif init == "none":
             self._convert(select)
         elif _is_auto(select):
-            options = self._stem_options | {"max_blur": max_blur}  # None: initialize's default
-            imag = "tied" if imag is None else imag
-            self.report = initialize(self, init, num_channels=num_bank, imag=imag, **options)
+            self.report = initialize(self, init, num_channels=num_bank, **{**self._stem_options, "rest": rest})
         else:
-            initialize(self, init, num_channels=num_bank, pooling="max", **self._stem_options)
+            options = {**self._stem_options, "pooling": "max"}
+            initialize(self, init, num_channels=num_bank, **options)
             revert(self)
             self._convert(select)
-            if max_blur is None and usual_blur == 1 and self.report.num_modulus > 0:
+            if rest is None and aa_layer is None and self.report.num_complex > 0:
                 revert(self)
-                self._convert(select, max_blur=3)
+                self._convert(select, rest="blurpool")
 
-    def _convert(self, select: Select, imag: str | None = None, **blurs: int) -> None:
-        imag = self._imag if imag is None else imag
-        options = self._stem_options | blurs
-        self.report = convert(self, select=select, imag="tied" if imag is None else imag, **options)
+    def _convert(self, select: Select, **options: str) -> None:
+        self.report = convert(self, select=select, **{**self._stem_options, **options})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; a converted model's state brings its plan, from a stock state channels are chosen by `select`.
@@ -154,40 +148,30 @@ class MixPoolModel:
         if stem is None or f"{name}.weight" not in state_dict:
             return super().load_state_dict(state_dict, strict, assign)
         is_stock = f"{name}.plan" not in state_dict
-        becomes_free = self._imag is None and stem.imag == "tied" and f"{name}.weight_imag" in state_dict
-        blurs = {"blur": stem.blur, "max_blur": stem.max_blur}
-        present = {"select": [kind == "modulus" for kind in stem.kinds], "imag": stem.imag, **blurs}
-        if is_stock or becomes_free:
-            self._try_on_a_copy(state_dict, strict, is_stock)
+        present = stem.poolings
+        if is_stock:
+            self._try_on_a_copy(state_dict, strict)
             revert(self)
         try:
-            if becomes_free:
-                self._convert("none", imag="free")
             keys = super().load_state_dict(state_dict, strict, assign)
         except BaseException:
-            if is_stock or becomes_free:
-                if converted_stems(self):
-                    revert(self)
-                self._convert(**present)
+            if is_stock:
+                self._convert(present)
             raise
         self.report = None
         if is_stock:
             self._convert(self._select)
-            if self.report.num_modulus == 0 and _is_auto(self._select):
-                message = f"no channel takes the modulus: {'; '.join(self.report.notes)}"
-                warnings.warn(message, stacklevel=_levels_to_caller())
+            if self.report.num_complex == 0 and _is_auto(self._select):
+                warnings.warn(f"no channel takes the modulus: {'; '.join(self.report.notes)}", stacklevel=2)
         return keys
 
-    def _try_on_a_copy(self, state_dict: Mapping[str, Any], strict: bool, is_stock: bool) -> None:
-        """Raise torch's error for a state that does not fit, while the model still is what it was."""
-        wanted = stock_state_dict(self) if is_stock else self.state_dict()
+    def _try_on_a_copy(self, state_dict: Mapping[str, Any], strict: bool) -> None:
+        """Raise torch's error for a stock state that does not fit, while the model still is what it was."""
         shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
-        if shapes == {key: value.shape for key, value in wanted.items()}:
+        if shapes == {key: value.shape for key, value in stock_state_dict(self).items()}:
             return
         twin = copy.deepcopy(self)
         revert(twin)
-        if not is_stock:
-            twin._convert("none", imag="free")
         super(MixPoolModel, twin).load_state_dict(state_dict, strict)
 
     @property
@@ -204,7 +188,7 @@ class MixPoolModel:
             plain["select"] = plain["select"].tolist()
         elif callable(plain.get("select")):
             for stem in converted_stems(self).values():  # what it chose
-                plain["select"] = [kind == "modulus" for kind in stem.kinds]
+                plain["select"] = list(stem.poolings)
         self.__dict__["_plain_arguments"] = plain
 
 
@@ -230,18 +214,6 @@ class MixPoolAlexNet(MixPoolModel, AlexNet):
     """AlexNet with a mixpool stem; see MixPoolModel."""
 
     feature_options = {"flatten_sequential": True, "out_indices": tuple(range(len(TAPS)))}
-
-
-def _levels_to_caller() -> int:
-    """For `warnings.warn`: how far above its caller the first code is that is not timm's, torch's or ours."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "mixpool",
-        "timm",
-        "torch",
-    ):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _is_auto(select: Select) -> bool:

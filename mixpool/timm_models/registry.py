@@ -11,7 +11,6 @@ from timm.models import (
     BasicBlock,
     Bottleneck,
     PretrainedCfg,
-    adapt_input_conv,
     build_model_with_cfg,
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
@@ -24,11 +23,9 @@ PREFIX = "mixpool_"
 
 
 def _fitted_state(state_dict: Mapping[str, Tensor], model: MixPoolModel) -> dict[str, Tensor]:
-    """A checkpoint as the model can load it, where timm does not see to that: two keys that only some files have."""
+    """A checkpoint as the model can load it, where timm does not see to that: keys that only some files have."""
     state = {}
     for key, value in state_dict.items():
-        if key.endswith(".weight_imag") and value.shape[1] != model.in_chans:
-            value = adapt_input_conv(model.in_chans, value, base_chans=value.shape[1])  # as timm does to the weight
         # torchvision's DenseNet files still call the parts of a dense layer norm.1, conv.2 and so on.
         state[re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)] = value
     return state
