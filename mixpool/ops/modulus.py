@@ -1,8 +1,8 @@
 """Modulus and energy of a complex map, whose two parts lie side by side in one tensor, with their derivatives.
 
-Squares want values between 1e-19 and 1e19 in float32: below, they have lost their digits, and with them the derivative,
-which is 0 there as it is at 0. So nothing is ever divided by a tiny number, and a filter that has decayed to 1e-40
-has a finite gradient. (A plain sqrt or hypot gives NaN at 0.)
+Below 1e-19 in float32, where squares have lost their digits, derivatives are 0 as they are at 0. So nothing is ever
+divided by a tiny number, and a filter that has decayed to 1e-40 has a finite gradient. (A plain sqrt or hypot gives NaN
+at 0.) Squares, which `energy` and compiled graphs take, also want values up to 1e19.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Modulus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor) -> Tensor:
-        out = _energy(z).sqrt_()
+        out = torch.hypot(*widened(z).chunk(2, dim=1))
         ctx.save_for_backward(z, out)
         ctx.save_for_forward(z, out)
         return out

@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import ALL_MAX, ALL_MODULUS, MIXED, PLANS, assert_close, definition, pooled_length
+from support import ALL_MAX, ALL_MODULUS, EVERY, MIXED, PLANS, assert_close, definition, plan_of, pooled_length
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixpool import analytic_partner, mixpool2d
-from mixpool.ops.functional import memory_format_of
+from mixpool import MixPoolStem, analytic_partner, convert, mixpool2d
+from mixpool.ops.geometry import PoolGeometry, memory_format_of
+from mixpool.ops.modulus import modulus
+from mixpool.ops.moments import modulus_moments
+from mixpool.ops.reference import POOLINGS, Pooled, Pooling
 
 
 def random_problem(plan=MIXED, size=(17, 14), images=2, kernel=(5, 4), dtype=torch.float64, in_channels=3, **geometry):
@@ -31,7 +34,7 @@ def random_problem(plan=MIXED, size=(17, 14), images=2, kernel=(5, 4), dtype=tor
     tensors = {"bias": bias, "weight_imag": weight_imag, "scale": scale, "shift": shift + 0.3}
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     defaults = {"conv_stride": (2, 2), "conv_padding": (2, 2), "pool_padding": (1, 1)}
-    return (x.to(dtype), weight.to(dtype)), {**tensors, "is_modulus": plan, **defaults, **geometry}
+    return (x.to(dtype), weight.to(dtype)), {**tensors, "pooling": plan, **defaults, **geometry}
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
@@ -42,18 +45,24 @@ def test_ramp_by_hand():
     ramp = torch.arange(36.0, dtype=torch.float64).reshape(1, 1, 6, 6)
     three, four = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (3.0, 4.0))
 
-    def pool(is_modulus, **options):
-        return mixpool2d(ramp, three, weight_imag=four, is_modulus=[is_modulus], pool_padding=1, **options)[0, 0]
+    def pool(pooling):
+        return mixpool2d(ramp, three, weight_imag=four, pooling=pooling, pool_padding=1)[0, 0]
 
     # windows {0, 1}, {1, 2, 3}, {3, 4, 5} in both axes
     expected = 3 * torch.tensor([[7, 9, 11], [19, 21, 23], [31, 33, 35]])
-    assert_close("max", pool(False), expected)
+    assert_close("max", pool("max"), expected)
     expected = 5 * torch.tensor([[0, 2, 4], [12, 14, 16], [24, 26, 28]])
-    assert_close("modulus at the centres", pool(True, blur=1), expected)
+    assert_close("modulus at the centres", pool("cmod"), expected)
     # means {0, 1} with 2 : 1 -> 1/3, then 2 and 4
     expected = 5 * torch.tensor([[7 / 3, 4, 6], [37 / 3, 14, 16], [73 / 3, 26, 28]], dtype=torch.float64)
     expected[0, 1:] = 5 * torch.tensor([2 + 2, 2 + 4])  # row 1/3 of the ramp is 6/3 + j
-    assert_close("binomial modulus", pool(True), expected)
+    assert_close("binomial modulus", pool("modulus"), expected)
+    # mean squares of the ramp: E[(6 i + j)^2] over independent i and j; at the centre (2, 2) 14^2 + (36 + 1) / 2
+    assert_close("energy", pool("energy")[1, 1], 5 * torch.tensor(14.0**2 + 37 / 2, dtype=torch.float64).sqrt())
+    # at the corner i, j = 0, 0, 1: 0, 1, 36, 49 with weights 4, 2, 2, 1 of 9
+    assert_close(
+        "energy at the corner", pool("energy")[0, 0], 5 * torch.tensor((2 + 72 + 49) / 9, dtype=torch.float64).sqrt()
+    )
 
 
 def test_row_by_hand():
@@ -62,35 +71,35 @@ def test_row_by_hand():
     weight, weight_imag = torch.tensor([[[[1.0, 0]]], [[[0, 1.0]]]], dtype=torch.float64).split(1)
     geometry = {"conv_stride": (1, 2), "pool_padding": 1}
 
-    def row(is_modulus, scale=1.0, shift=0.0, **options):
+    def row(pooling, scale=1.0, shift=0.0):
         scale, shift = (torch.tensor([v], dtype=torch.float64) for v in (scale, shift))
-        options = {"is_modulus": [is_modulus], "weight_imag": weight_imag, "scale": scale, "shift": shift, **options}
+        options = {"pooling": pooling, "weight_imag": weight_imag, "scale": scale, "shift": shift}
         out = mixpool2d(x, weight, **options, **geometry)
         assert out.shape == (1, 1, 3, 2) and (out == out[:, :, :1]).all()
         return out[0, 0, 0]
 
     # real part 3 0 5, modulus 3 4 13; windows {0, 1} and {1, 2}
-    assert_close("max", row(False), torch.tensor([3, 5]))
-    assert_close("max, scale -1, shift 4", row(False, -1.0, 4.0), torch.tensor([4, 4]))
-    assert_close("max, scale 0", row(False, 0.0, 4.0), torch.tensor([4, 4]))
-    assert_close("max, relu", row(False, 1.0, -4.0), torch.tensor([0, 1]))
-    assert_close("BlurPool", row(False, max_blur=3), torch.tensor([4, 5]))  # maxima 3 5 5: (6+10)/4, (10+10)/4
-    assert_close("modulus, centres", row(True, blur=1), torch.tensor([3, 13]))
-    assert_close("modulus", row(True), torch.tensor([10 / 3, 10]).double(), (1e-6, 0))  # (2 3 + 4)/3, (4 + 2 13)/3
-    assert_close("modulus, scale -2, shift -7", row(True, -2.0, -7.0), torch.tensor([0, 13]))
+    assert_close("max", row("max"), torch.tensor([3, 5]))
+    assert_close("max, scale -1, shift 4", row("max", -1.0, 4.0), torch.tensor([4, 4]))
+    assert_close("max, scale 0", row("max", 0.0, 4.0), torch.tensor([4, 4]))
+    assert_close("max, relu", row("max", 1.0, -4.0), torch.tensor([0, 1]))
+    assert_close("BlurPool", row("blurpool"), torch.tensor([4, 5]))  # maxima 3 5 5: (6+10)/4, (10+10)/4
+    assert_close("modulus, centres", row("cmod"), torch.tensor([3, 13]))
+    assert_close("modulus", row("modulus"), torch.tensor([10 / 3, 10]).double(), (1e-6, 0))  # (2 3 + 4)/3, (4 + 2 13)/3
+    squares = torch.tensor([(2 * 9 + 16) / 3, (16 + 2 * 169) / 3], dtype=torch.float64)
+    assert_close("energy", row("energy"), squares.sqrt())
+    assert_close("modulus, scale -2, shift -7", row("modulus", -2.0, -7.0), torch.tensor([0, 13]))
 
 
 # --- against the definition -------------------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
-    plan: tuple[bool, ...]
+    plan: tuple[str, ...]
     images: int
     size: tuple[int, int]
     kernel: tuple[int, int]
     geometry: dict
-    blur: int
-    max_blur: int
     act: str
 
 
@@ -133,13 +142,11 @@ def cases(draw) -> Case:
     ]
     size = tuple(draw(st.integers(least, least + 11)) for least in smallest)
     return Case(
-        plan=tuple(draw(st.sampled_from((ALL_MAX[:3], ALL_MODULUS[:3], MIXED[:3], MIXED[2:5], MIXED[3:6])))),
+        plan=draw(st.lists(st.sampled_from(tuple(POOLINGS)), min_size=3, max_size=3).map(tuple)),
         images=draw(st.sampled_from((1, 1, 2, 0))),
         size=size,
         kernel=kernel,
         geometry=geometry,
-        blur=draw(st.sampled_from((1, 3))),
-        max_blur=draw(st.sampled_from((1, 3))),
         act=draw(st.sampled_from(sorted(ACTIVATIONS))),
     )
 
@@ -150,7 +157,6 @@ def test_mixpool2d_is_the_definition(case: Case, seed: int, optional: str):
     torch.manual_seed(seed)
     arguments, options = random_problem(case.plan, case.size, case.images, case.kernel, **case.geometry)
     options = {name: value for name, value in options.items() if name not in DROPPED[optional]}
-    options |= {"blur": case.blur, "max_blur": case.max_blur}
     act, act_of_arrays = ACTIVATIONS[case.act]
     expected = definition(*arguments, **options, act=act_of_arrays)
     out = mixpool2d(*arguments, **options, act=act)
@@ -176,7 +182,7 @@ def test_positions_outside_the_map_count_for_nothing():
             out = mixpool2d(
                 x,
                 weight,
-                is_modulus=[False, True],
+                pooling=["max", "modulus"],
                 weight_imag=torch.zeros_like(weight),
                 act=lambda v: v,
                 pool_padding=padding,
@@ -188,7 +194,7 @@ def test_positions_outside_the_map_count_for_nothing():
 
 def test_numbers_stand_for_pairs_and_defaults_are_those_of_the_signature():
     x, weight = torch.randn(1, 2, 20, 20), torch.randn(2, 2, 3, 3)
-    options = {"is_modulus": [True, False], "weight_imag": torch.randn_like(weight)}
+    options = {"pooling": ["modulus", "max"], "weight_imag": torch.randn_like(weight)}
     pairs = mixpool2d(
         x, weight, **options, conv_stride=(2, 2), conv_padding=(1, 1), pool_padding=(1, 1), pool_size=(2, 2)
     )
@@ -201,12 +207,12 @@ def test_the_default_imaginary_part_is_the_analytic_partner():
     x, weight = torch.randn(2, 3, 24, 22, dtype=torch.float64), torch.randn(7, 3, 5, 5, dtype=torch.float64)
     scale = torch.randn(7, dtype=torch.float64)
     partner = analytic_partner(weight)
-    expected = definition(x, weight, is_modulus=MIXED, weight_imag=partner, scale=scale, conv_stride=(2, 2))
-    assert_close("output", mixpool2d(x, weight, is_modulus=MIXED, scale=scale, conv_stride=2), expected)
+    expected = definition(x, weight, pooling=MIXED, weight_imag=partner, scale=scale, conv_stride=(2, 2))
+    assert_close("output", mixpool2d(x, weight, pooling=MIXED, scale=scale, conv_stride=2), expected)
 
 
 def test_an_image_shifted_by_the_total_stride_shifts_the_interior_of_the_output():
-    (x, weight), options = random_problem(MIXED, (40, 41), conv_stride=(2, 2), max_blur=3)
+    (x, weight), options = random_problem(EVERY, (40, 41), conv_stride=(2, 2))
     out, moved = (mixpool2d(image, weight, **options) for image in (x, x.roll((4, 8), dims=(2, 3))))
     assert_close("interior", moved[..., 4:-3, 5:-3], out[..., 3:-4, 3:-5])
 
@@ -215,12 +221,14 @@ def test_an_image_shifted_by_the_total_stride_shifts_the_interior_of_the_output(
 
 GRADIENT_CASES = {
     "all-max": (ALL_MAX, {}),
-    "all-max, max_blur 3": (ALL_MAX, {"max_blur": 3}),
-    "all-modulus, blur 1": (ALL_MODULUS, {"blur": 1}),
-    "all-modulus, blur 3": (ALL_MODULUS, {"blur": 3}),
-    "mixed, blur 1": (MIXED, {"blur": 1, "max_blur": 3, "pool_padding": (0, 0), "ceil_mode": True}),
-    "mixed, blur 3": (MIXED, {"blur": 3, "pool_padding": (0, 1), "ceil_mode": True}),
-    "mixed, nearest centres": (MIXED, {"blur": 1, "pool_size": (2, 2), "pool_padding": (1, 1)}),
+    "blurpool": (("blurpool",) * 4, {}),
+    "cmod": (("cmod",) * 4, {}),
+    "modulus": (ALL_MODULUS, {}),
+    "energy": (("energy",) * 4, {}),
+    "cmod and blurpool": (plan_of("cmod", "blurpool"), {"pool_padding": (0, 0), "ceil_mode": True}),
+    "modulus and max": (MIXED, {"pool_padding": (0, 1), "ceil_mode": True}),
+    "all five": (("energy", "cmod", "blurpool", "modulus", "max")[:4], {"ceil_mode": True}),
+    "nearest centres": (plan_of("cmod"), {"pool_size": (2, 2), "pool_padding": (1, 1)}),
 }
 
 
@@ -243,16 +251,17 @@ def test_gradients(case):
     assert torch.autograd.gradcheck(*as_function(arguments, options, F.relu))
 
 
-def test_second_derivatives():
-    arguments, options = random_problem(MIXED[:2], (6, 5), 1, (2, 2), in_channels=1, conv_padding=(1, 1))
+@pytest.mark.parametrize("pooling", ["modulus", "energy"])
+def test_second_derivatives(pooling):
+    arguments, options = random_problem((pooling, "max"), (6, 5), 1, (2, 2), in_channels=1, conv_padding=(1, 1))
     options["scale"] = torch.tensor([-0.8, 1.1], dtype=torch.float64)
     assert torch.autograd.gradgradcheck(*as_function(arguments, options, torch.tanh))
 
 
-@pytest.mark.parametrize("blur", [1, 3])
-def test_gradients_on_black_patches(blur):
+@pytest.mark.parametrize("pooling", ["cmod", "modulus", "energy"])
+def test_gradients_on_black_patches(pooling):
     """Where z = 0 the derivative is 0, the symmetric difference quotient of the modulus there, so gradcheck applies."""
-    (x, weight), options = random_problem(ALL_MODULUS[:2], (12, 11), 1, (3, 3), in_channels=1, blur=blur)
+    (x, weight), options = random_problem((pooling,) * 2, (12, 11), 1, (3, 3), in_channels=1)
     x[..., :9, :9] = 0
     fixed = {name: value for name, value in options.items() if name != "weight_imag"}
 
@@ -270,19 +279,19 @@ def test_gradients_on_black_patches(blur):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("image", ["black", "constant"])
-@pytest.mark.parametrize("blur", [1, 3])
-def test_gradients_of_black_and_constant_images_are_finite(image, blur, dtype):
+@pytest.mark.parametrize("pooling", ["cmod", "modulus", "energy"])
+def test_gradients_of_black_and_constant_images_are_finite(image, pooling, dtype):
     """Kernels of integers that sum to 0: a constant image gives z = 0 exactly, but for the padded border."""
     weight = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).expand(2, 3, 3, 3).to(dtype).contiguous()
     x = torch.full((1, 3, 12, 12), 0.0 if image == "black" else 0.5, dtype=dtype)
     inputs = [t.requires_grad_() for t in (x, weight, weight.mT.clone(), torch.ones(2, dtype=dtype))]
-    out = mixpool2d(*inputs[:2], is_modulus=[True, False], weight_imag=inputs[2], scale=inputs[3], blur=blur)
+    out = mixpool2d(*inputs[:2], pooling=[pooling, "max"], weight_imag=inputs[2], scale=inputs[3])
     assert not out.any()
     grads = torch.autograd.grad(out, inputs, torch.randn_like(out))
     assert all(torch.isfinite(grad).all() for grad in grads)
     assert not grads[1][0].any() and not grads[2].any(), "no gradient where the modulus is 0"
     if image == "constant":
-        tied = torch.autograd.grad(mixpool2d(*inputs[:2], is_modulus=[True, True]), inputs[:2], torch.randn_like(out))
+        tied = torch.autograd.grad(mixpool2d(*inputs[:2], pooling=pooling), inputs[:2], torch.randn_like(out))
         assert all(torch.isfinite(grad).all() for grad in tied)
 
 
@@ -291,10 +300,9 @@ def test_gradients_of_black_and_constant_images_are_finite(image, blur, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("blurs", [{"blur": 1, "max_blur": 1}, {"blur": 3, "max_blur": 3}], ids=["sharp", "blurred"])
-def test_precision_of_output_and_gradients(plan, blurs, dtype):
+def test_precision_of_output_and_gradients(plan, dtype):
     """Output against the definition, gradients against float64, on numbers that the dtype can hold."""
-    arguments, options = random_problem(plan, (22, 19), 2, (7, 7), conv_padding=(3, 3), dtype=dtype, **blurs)
+    arguments, options = random_problem(plan, (22, 19), 2, (7, 7), conv_padding=(3, 3), dtype=dtype)
     out = mixpool2d(*arguments, **options)
     assert out.dtype == dtype
     assert_close("output", out, definition(*arguments, **options))
@@ -348,17 +356,15 @@ def test_layouts(layout, plan):
     assert torch.equal(rearranged, x)
     before = rearranged.clone()
     assert memory_format_of(rearranged) == memory_format
-    for blurs in ({"blur": 1}, {"blur": 3, "max_blur": 3}):
-        out = mixpool2d(rearranged, weight, **options, **blurs)
-        assert out.is_contiguous(memory_format=memory_format)
-        assert_close("output", out, definition(x, weight, **options, **blurs))
+    out = mixpool2d(rearranged, weight, **options)
+    assert out.is_contiguous(memory_format=memory_format)
+    assert_close("output", out, definition(x, weight, **options))
     assert torch.equal(rearranged, before), "the input was changed"
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("blurs", [{"blur": 1, "max_blur": 1}, {"blur": 3, "max_blur": 3}], ids=["sharp", "blurred"])
-def test_an_empty_batch(plan, blurs):
-    (x, weight), options = random_problem(plan, (20, 17), 0, **blurs)
+def test_an_empty_batch(plan):
+    (x, weight), options = random_problem(plan, (20, 17), 0)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     out = mixpool2d(x, weight, **options)
     assert out.shape == (0, 7, 5, 5)
@@ -366,10 +372,10 @@ def test_an_empty_batch(plan, blurs):
     assert grad_x.shape == x.shape and not grad_weight.any()
 
 
-def test_blur_1_convolves_at_the_total_stride():
-    (x, weight), options = random_problem(ALL_MODULUS, (64, 60), 1, (7, 7), dtype=torch.float32, conv_padding=(3, 3))
+def test_cmod_convolves_at_the_total_stride():
+    (x, weight), options = random_problem(("cmod",) * 7, (64, 60), 1, (7, 7), dtype=torch.float32, conv_padding=(3, 3))
     with FlopCounterMode(display=False) as counter:
-        out = mixpool2d(x, weight, **options, blur=1)
+        out = mixpool2d(x, weight, **options)
     assert counter.get_total_flops() == 2 * 2 * out.numel() * weight[0].numel()  # W and V, multiply and add
 
 
@@ -379,7 +385,8 @@ ERRORS = {
     "3-D image": (lambda a: a.update(x=torch.randn(3, 9, 9)), r"expected x \(N, C, H, W\)"),
     "other channels": (lambda a: a.update(x=torch.randn(1, 4, 9, 9)), r"x\.shape=torch\.Size\(\[1, 4, 9, 9\]\)"),
     "2-D weight": (lambda a: a.update(weight=torch.randn(2, 3)), "expected x"),
-    "mask too short": (lambda a: a.update(is_modulus=[True]), "expected 2 booleans in is_modulus.*got 1"),
+    "names too few": (lambda a: a.update(pooling=["max"]), "expected 2 poolings, one per output channel, got 1"),
+    "booleans": (lambda a: a.update(pooling=[True, False]), "expected poolings of .*, got True"),
     "imaginary part": (lambda a: a.update(weight_imag=torch.randn(1, 3, 3, 3)), "expected weight_imag of the shape"),
     "bias": (lambda a: a.update(bias=torch.randn(3)), r"expected bias of shape \(2,\), got \(3,\)"),
     "scale": (lambda a: a.update(scale=torch.randn(2, 1)), r"expected scale of shape \(2,\), got \(2, 1\)"),
@@ -389,14 +396,13 @@ ERRORS = {
     "negative padding": (lambda a: a.update(pool_padding=-1), "expected a pooling padding"),
     "pooling stride": (lambda a: a.update(pool_stride=0), "expected a positive pooling stride"),
     "triple": (lambda a: a.update(conv_stride=(1, 2, 3)), "expected one integer or a pair of them, got"),
-    "blur": (lambda a: a.update(blur=2), "expected blur to be 1 or 3, got 2"),
-    "max_blur": (lambda a: a.update(max_blur=0), "expected max_blur to be 1 or 3, got 0"),
+    "pooling": (lambda a: a.update(pooling="median"), "expected poolings of .*'energy'.*, got 'median'"),
 }
 
 
 @pytest.mark.parametrize("change, message", ERRORS.values(), ids=ERRORS)
 def test_errors(change, message):
-    arguments = {"x": torch.randn(1, 3, 9, 9), "weight": torch.randn(2, 3, 3, 3), "is_modulus": [True, False]}
+    arguments = {"x": torch.randn(1, 3, 9, 9), "weight": torch.randn(2, 3, 3, 3), "pooling": ["modulus", "max"]}
     mixpool2d(**arguments)
     change(arguments)
     with pytest.raises(ValueError, match=message):
@@ -405,7 +411,78 @@ def test_errors(change, message):
 
 def test_the_docstring_example():
     out = mixpool2d(
-        torch.randn(2, 3, 32, 32), torch.randn(4, 3, 7, 7), is_modulus=[True, False] * 2, conv_stride=2, conv_padding=3
+        torch.randn(2, 3, 32, 32),
+        torch.randn(4, 3, 7, 7),
+        pooling=["modulus", "max"] * 2,
+        conv_stride=2,
+        conv_padding=3,
     )
     assert out.shape == (2, 4, *(pooled_length(16, 3, 2, 0, False),) * 2)
     assert out.shape == nn.Sequential(nn.Conv2d(3, 4, 7, 2, 3), nn.MaxPool2d(3, 2))(torch.randn(2, 3, 32, 32)).shape
+
+
+@pytest.mark.parametrize(
+    "old, now",
+    [
+        ({"is_modulus": [True]}, r'pooling=\["max", "modulus", ...\]'),
+        ({"blur": 1}, 'pooling="cmod"'),
+        ({"blur": 3}, 'pooling="modulus"'),
+        ({"max_blur": 3}, r'pooling=\["blurpool", ...\]'),
+    ],
+    ids=str,
+)
+def test_old_keywords_are_refused_with_the_new_spelling(old, now):
+    with pytest.raises(TypeError, match=f"mixpool2d.. has no .* any more; instead of .* write {now}"):
+        mixpool2d(torch.randn(1, 3, 9, 9), torch.randn(1, 3, 3, 3), **old)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        mixpool2d(torch.randn(1, 3, 9, 9), torch.randn(1, 3, 3, 3), colour=1)
+
+
+# --- a pooling of one's own -------------------------------------------------------------------------------------------
+
+
+def test_a_pooling_with_a_wider_low_pass_is_one_function_and_one_entry(monkeypatch):
+    """[1 4 6 4 1] / 16 twice, cut at the border: what it takes to try another low-pass."""
+
+    def wide_modulus(z, pool: PoolGeometry, with_moments: bool) -> Pooled:
+        envelope = modulus(z)
+        tap = torch.tensor([1.0, 4, 6, 4, 1], dtype=envelope.dtype) / 16
+        kernel = (tap[:, None] * tap).expand(envelope.shape[1], 1, 5, 5)
+        padding = tuple(p + 1 for p in pool.padding)
+        sums = [
+            F.conv2d(v, kernel, None, pool.stride, padding, groups=envelope.shape[1])
+            for v in (envelope, torch.ones_like(envelope))
+        ]
+        return Pooled(sums[0] / sums[1], modulus_moments(envelope) if with_moments else None)
+
+    monkeypatch.setitem(POOLINGS, "wide_modulus", Pooling(is_complex=True, pool=wide_modulus))
+    (x, weight), options = random_problem(("wide_modulus", "max"), (21, 21), 1, (3, 3))
+    out = mixpool2d(x, weight, **options)
+    z = [F.conv2d(x, w[:1], None, 2, 2) for w in (weight, options["weight_imag"])]
+    envelope = torch.hypot(*z)[0, 0]
+    tap = torch.tensor([1.0, 4, 6, 4, 1], dtype=torch.float64) / 16
+    by_hand = (tap[:, None] * tap * envelope[2:7, 2:7]).sum()  # the window about (4, 4), output (2, 2)
+    a, b = options["scale"][0].abs(), options["scale"][0] * options["bias"][0] + options["shift"][0]
+    assert_close("centre", out[0, 0, 2, 2], (a * by_hand + b).relu())
+
+    stem = MixPoolStem(nn.Conv2d(3, 4, 7, 2, 3), nn.BatchNorm2d(4), nn.ReLU(), pooling=["wide_modulus", "max"] * 2)
+    assert stem.plan[:, 0].tolist() == [5, 0, 5, 0] and "2 wide_modulus" in repr(stem)
+    stem(torch.randn(2, 3, 32, 32)).sum().backward()
+    twin = MixPoolStem(nn.Conv2d(3, 4, 7, 2, 3), nn.BatchNorm2d(4), nn.ReLU())
+    twin.load_state_dict(stem.state_dict())
+    assert twin.poolings == ("wide_modulus", "max") * 2
+    model = nn.Sequential(nn.Conv2d(3, 4, 7, 2, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    assert convert(model, select="all", pooling="wide_modulus").poolings == ("wide_modulus",) * 4
+
+
+@pytest.mark.parametrize("pooling", ["cmod", "modulus", "energy"])
+@pytest.mark.parametrize("decay", [1e-20, 1e-30, 1e-37, 1e-38, 1e-40, 1e-42, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_filters_that_have_decayed_have_finite_gradients(pooling, decay, dtype):
+    x, weight = torch.randn(2, 3, 20, 20).to(dtype), torch.randn(4, 3, 7, 7)
+    weight[0] *= decay
+    weight = weight.to(dtype).requires_grad_()
+    scale = torch.full((4,), 316.0, dtype=dtype)  # of a batch norm whose variance is 0
+    out = mixpool2d(x, weight, pooling=pooling, scale=scale, act=lambda v: v)
+    (grad,) = torch.autograd.grad(out, weight, torch.randn_like(out))
+    assert torch.isfinite(out).all() and torch.isfinite(grad).all() and grad[1:].abs().amax() > 0

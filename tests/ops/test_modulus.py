@@ -1,4 +1,4 @@
-"""The modulus and its derivatives, against known numbers, float64 and finite differences."""
+"""Modulus, energy, root and their derivatives, against known numbers, float64 and finite differences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from support import assert_close
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mixpool.ops.modulus import modulus
+from mixpool.ops.modulus import energy, modulus, root
 
 
 def complex_map(re: list[float], im: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -81,3 +81,49 @@ def test_gradients_keep_the_dtype(dtype):
     wanted = upstream.double() * z.double() / torch.hypot(*z.double().chunk(2, dim=1))
     assert grad.dtype == dtype
     assert_close("gradient", grad, wanted.to(dtype))
+
+
+# --- energy and its root ----------------------------------------------------------------------------------------------
+
+
+def root_of_energy(z: Tensor) -> Tensor:
+    return root(energy(z))
+
+
+def test_energy_by_hand():
+    z = complex_map([3.0, 0.0, -5.0], [4.0, 0.0, 12.0]).requires_grad_()
+    out = energy(z)
+    assert_close("energy", out, torch.tensor([[25.0, 0.0, 169.0]]).T)
+    (grad,) = torch.autograd.grad(out, z, torch.tensor([[1.0, 7.0, 0.5]]).T.double())
+    assert_close("gradient", grad, complex_map([6.0, 0.0, -5.0], [8.0, 0.0, 12.0]))
+    assert_close("root", root(out), modulus(z).detach())
+
+
+@pytest.mark.parametrize("function", [energy, root_of_energy])
+def test_energy_has_derivatives_of_both_orders(function):
+    z = torch.randn(2, 6, 2, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(function, z, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, z)
+
+
+def test_the_root_has_derivative_zero_at_zero():
+    values = torch.tensor([[0.0, 4.0, 0.25]]).requires_grad_()
+    upstream = torch.tensor([[5.0, 8.0, 1.0]])
+    (grad,) = torch.autograd.grad(root(values), values, upstream)
+    assert_close("gradient", grad, torch.tensor([[0.0, 2.0, 1.0]]))
+    by_transform = torch.func.grad(lambda v: (root(v) * upstream).sum())(values.detach())
+    assert_close("torch.func", by_transform, grad)
+
+
+@pytest.mark.parametrize("function", [modulus, root_of_energy])
+@pytest.mark.parametrize("transformed", [False, True])
+def test_nothing_is_divided_by_a_tiny_number(function, transformed):
+    """What is below 1e-19 in float32 has gradient 0, and everything down to there its own."""
+    for size in (1.0, 1e-10, 1e-18, 1e-25, 1e-38, 1e-42):
+        z = torch.tensor([[3 * size, 4 * size]])
+        if transformed:
+            grad = torch.func.grad(lambda z: (function(z) * 1e6).sum())(z)
+        else:
+            (grad,) = torch.autograd.grad(function(z.requires_grad_()), z, torch.tensor([[1e6]]))
+        expected = torch.tensor([[0.6e6, 0.8e6]]) if size > 1e-19 else torch.zeros(1, 2)
+        assert_close(f"gradient at {size}", grad, expected, (0, 1e-3))  # because 1e-36 has few digits left in float32

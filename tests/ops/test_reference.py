@@ -8,14 +8,18 @@ from support import assert_close, pooled_length
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mixpool.ops import reference
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry, centers_are_inside
 from mixpool.ops.reference import (
-    Channels,
+    POOLINGS,
+    Group,
     binomial_decimate,
     binomial_kernel,
+    check_poolings,
     convolve_and_pool,
     convolve_at_centers,
     dense_max_pool,
+    groups_of,
     lowpass_pool,
     max_pool,
     nearest_centers,
@@ -112,6 +116,48 @@ def test_dense_max_pool_decimates_to_the_max_pool():
             assert torch.isfinite(dense).all(), pool
             assert_close(str(pool), dense[..., :: pool.stride[0], :: pool.stride[1]], expected, (0, 0))
             assert binomial_decimate(dense, pool).shape == expected.shape
+            assert_close("with gradients", dense_max_pool(y.requires_grad_(), pool).detach(), dense, (0, 0))
+
+
+def test_the_gradient_of_dense_maxima_at_a_tie_is_max_poolings():
+    y = torch.zeros(1, 1, 6, 6, requires_grad=True)
+    pool = STEM_POOLS["3/2/1"]
+    out = dense_max_pool(y, pool)
+    (grad,) = torch.autograd.grad(out, y, torch.ones_like(out))
+    (expected,) = torch.autograd.grad(torch.nn.functional.max_pool2d(y, 3, 1, 1), y, torch.ones_like(out))
+    assert_close("gradient", grad, expected)
+
+
+def test_groups_of_one_convolution_are_convolved_together(monkeypatch):
+    """[real | re | im] in one map, biases of the real channels alone; the same numbers as one group at a time."""
+    x, weight, bias = torch.randn(2, 3, 20, 17), torch.randn(7, 3, 5, 5), torch.randn(7)
+    weight_imag = torch.randn(4, 3, 5, 5)
+    groups = groups_of(("modulus", "max", "blurpool", "modulus", "energy", "max", "energy"))
+    geometry = (ConvGeometry((2, 2), (2, 2)), STEM_POOLS["3/2/1"])
+    calls = []
+    monkeypatch.setattr(reference, "convolve", lambda *a, real=reference.convolve: calls.append(1) or real(*a))
+    together = convolve_and_pool(x, weight, bias, weight_imag, groups, *geometry, with_moments=True)
+    assert len(calls) == 1
+    first = 0
+    for group, part in zip(groups, together, strict=True):
+        count = len(group.index) if POOLINGS[group.pooling].is_complex else 0
+        own = weight_imag[first : first + count]
+        first += count
+        (alone,) = convolve_and_pool(x, weight, bias, own, [group], *geometry, with_moments=True)
+        assert_close(group.pooling, part.values, alone.values)
+        assert_close(f"variance of {group.pooling}", part.moments.var, alone.moments.var)
+
+
+def test_names_are_checked():
+    assert check_poolings("energy", 2) == ("energy", "energy")
+    for wrong, message in ((("max", 3), "got 3"), (("max",) * 3, "expected 2 poolings"), ("mean", "got 'mean'")):
+        with pytest.raises(ValueError, match=message):
+            check_poolings(wrong, 2)
+
+
+def test_codes_of_earlier_checkpoints_keep_their_meaning():
+    """kind (1: modulus) + 2 (blurred) of version 0.1 are the first four places of the table."""
+    assert list(POOLINGS)[:5] == ["max", "cmod", "blurpool", "modulus", "energy"]
 
 
 # --- the modulus at the windows' centres ------------------------------------------------------------------------------
@@ -139,23 +185,23 @@ def test_convolution_at_the_centers_is_the_dense_one_sampled(pool, conv):
         first = [center - padding for center, padding in zip(pool.center, pool.padding)]
         expected = dense[..., first[0] :: pool.stride[0], first[1] :: pool.stride[1]][..., :rows, :columns]
         assert expected.shape[-2:] == (rows, columns)
-        assert_close(f"{size}", convolve_at_centers(x, weight, conv, pool), expected)
+        assert_close(f"{size}", convolve_at_centers(x, weight, None, conv, pool), expected)
         assert_close(f"nearest {size}", nearest_centers(dense, pool), expected)
 
 
 @pytest.mark.parametrize("name", ["3/2/1", "3/2/0", "3/2/0 ceil", "2/2/0"])
-def test_blur_1_costs_no_more_than_a_convolution_of_the_total_stride(name):
+def test_cmod_costs_no_more_than_a_convolution_of_the_total_stride(name):
     pool, conv = STEM_POOLS[name], ConvGeometry((2, 2), (3, 3))
     x, weight = torch.randn(1, 3, 64, 64), torch.randn(8, 3, 7, 7)
-    channels = Channels(torch.arange(0), torch.arange(8))
     flops, outputs = {}, {}
-    for blur in (1, 3):
+    for pooling in ("cmod", "modulus"):
         with FlopCounterMode(display=False) as counter:
-            outputs[blur] = convolve_and_pool(x, weight, None, weight, channels, conv, pool, blur=blur).modulus
-        flops[blur] = counter.get_total_flops()
-    positions = outputs[1].shape[-2] * outputs[1].shape[-1]
-    assert flops[1] == 2 * positions * weight[0].numel() * 2 * 8  # 2 per multiply-add; W and V
-    assert flops[3] > 3.5 * flops[1]
+            group = Group(pooling, torch.arange(8))
+            (outputs[pooling],) = convolve_and_pool(x, weight, None, weight, [group], conv, pool)
+        flops[pooling] = counter.get_total_flops()
+    positions = outputs["cmod"].values.shape[-2] * outputs["cmod"].values.shape[-1]
+    assert flops["cmod"] == 2 * positions * weight[0].numel() * 2 * 8  # 2 per multiply-add; W and V
+    assert flops["modulus"] > 3.5 * flops["cmod"]
 
 
 def test_the_flop_test_can_fail():

@@ -17,14 +17,16 @@ import timm
 import torch
 import torchvision
 from support import (
-    ALL_MAX,
     ALL_MODULUS,
+    EVERY,
     MIXED,
     PLANS,
+    SWAPPED,
     assert_close,
     assert_same_bits,
     data_parallel_worker,
     definition,
+    plan_of,
     run_on_two_processes,
     stem_parts,
     sync_batch_norm_worker,
@@ -34,8 +36,9 @@ from timm.layers import BlurPool2d
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from mixpool import BlurPoolStem, CModStem, MixPoolStem, analytic_partner
-from mixpool.selection.plan import ChannelPlan
+from mixpool import MixPoolStem, analytic_partner
+from mixpool.ops.reference import POOLINGS
+from mixpool.stem.state import decode_direction
 
 SIZES = [(33, 30), (32, 37)]
 
@@ -57,15 +60,13 @@ def stock(parts) -> nn.Sequential:
 
 def expected_output(stem: MixPoolStem, x: Tensor, scale: Tensor, shift: Tensor, **options) -> Tensor:
     """The definition on the stem's own weights; V from the full analytic partner, for the plan's directions."""
-    direction = ChannelPlan.decode_direction(stem.plan)
+    direction = decode_direction(stem.plan)
     options = {
-        "is_modulus": [kind == "modulus" for kind in stem.kinds],
+        "pooling": stem.poolings,
         "weight_imag": analytic_partner(stem.weight.detach().double(), direction),
         "conv_stride": stem.stride,
         "conv_padding": stem.padding,
         "pool_padding": (1, 1),
-        "blur": stem.blur,
-        "max_blur": stem.max_blur,
         **options,
     }
     return torch.from_numpy(definition(x, stem.weight, stem.bias, scale=scale, shift=shift, **options))
@@ -101,7 +102,7 @@ def test_all_max_in_evaluation_equals_the_stock_stem_bit_by_bit(variant, dtype):
     parts = stem_parts(dtype=dtype, **variant)
     if parts[1] is not None and parts[1].weight is not None:
         assert (parts[1].weight < 0).any() and (parts[1].weight == 0).any() and (parts[1].weight > 0).any()
-    model, stem = stock(parts).eval(), MixPoolStem(*parts, select="none").eval()
+    model, stem = stock(parts).eval(), MixPoolStem(*parts, pooling="max").eval()
     is_exact = parts[1] is None or parts[1].track_running_stats
     for size in SIZES:
         for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -122,7 +123,7 @@ def test_all_max_in_training_equals_the_stock_stem(variant):
     if parts[1] is not None and parts[1].weight is not None:
         with torch.no_grad():
             parts[1].weight[3] = 0.4  # not 0: see the next test
-    model, stem = stock(parts).train(), MixPoolStem(*parts, select="none").train()
+    model, stem = stock(parts).train(), MixPoolStem(*parts, pooling="max").train()
     theirs = [p for module in model for p in module.parameters()]
     ours = list(stem.parameters())
     assert [p.shape for p in ours] == [p.shape for p in theirs]
@@ -149,7 +150,7 @@ def test_all_max_in_training_equals_the_stock_stem(variant):
 def test_gradient_of_a_zero_gamma_is_the_one_sided_derivative():
     """At gamma = 0 a window's values tie: the stock stem takes the first one's derivative, we that of gamma > 0."""
     parts = stem_parts(dtype=torch.float64)
-    model, stem = stock(parts).eval(), MixPoolStem(*parts, select="none").eval()
+    model, stem = stock(parts).eval(), MixPoolStem(*parts, pooling="max").eval()
     model[2], stem.act = nn.Identity(), nn.Identity()
     zero = (parts[1].weight == 0).nonzero().item()
     x = images(dtype=torch.float64)
@@ -165,7 +166,7 @@ def test_gradient_of_a_zero_gamma_is_the_one_sided_derivative():
 
 def test_all_max_of_float32_in_training_is_as_exact_as_the_stock_stem():
     parts = stem_parts()
-    model, stem = stock(parts).train(), MixPoolStem(*copies(parts), select="none").train()
+    model, stem = stock(parts).train(), MixPoolStem(*copies(parts), pooling="max").train()
     truth = stock([part.double() if part is not None else None for part in parts]).train()
     x = images(4)
     exact = truth(x.double())
@@ -173,33 +174,31 @@ def test_all_max_of_float32_in_training_is_as_exact_as_the_stock_stem():
     assert ours <= 2 * theirs + 1e-7 * exact.norm()
 
 
-def test_all_max_blurred_keeps_the_stock_stems_size():
+def test_every_pooling_keeps_the_stock_stems_size():
     for pool in (nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2)):
         parts = stem_parts(pool=pool)
         for size in SIZES:
             x = images(1, size)
-            assert MixPoolStem(*copies(parts), select="all", max_blur=3)(x).shape == stock(parts)(x).shape
-            assert MixPoolStem(*copies(parts), select="none", max_blur=3)(x).shape == stock(parts)(x).shape
+            for pooling in POOLINGS:
+                assert MixPoolStem(*copies(parts), pooling=pooling)(x).shape == stock(parts)(x).shape
 
 
 # --- evaluation against the definition --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("blur, max_blur", [(1, 1), (3, 1), (3, 3)])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_evaluation_is_the_definition(plan, blur, max_blur, bias):
+def test_evaluation_is_the_definition(plan, bias):
     parts = stem_parts(bias=bias, dtype=torch.float64)
-    stem = MixPoolStem(*parts, select=plan, blur=blur, max_blur=max_blur).eval()
+    stem = MixPoolStem(*parts, pooling=plan).eval()
     x = images(dtype=torch.float64)
     # The plan's directions are rounded to 0.01 degree in the checkpoint and in the stem alike.
     assert_close("output", stem(x), expected_output(stem, x, *frozen_affine(parts[1])))
 
 
-@pytest.mark.parametrize("imag", ["tied", "free"])
-def test_evaluation_without_a_norm_is_the_definition(imag):
+def test_evaluation_without_a_norm_is_the_definition():
     parts = stem_parts(norm=False, bias=True, dtype=torch.float64)
-    stem = MixPoolStem(*parts, select=MIXED, imag=imag)
+    stem = MixPoolStem(*parts, pooling=EVERY)
     x = images(dtype=torch.float64)
     ones = torch.ones(7, dtype=torch.float64)
     assert_close("output", stem(x), expected_output(stem, x, ones, 0 * ones))
@@ -228,7 +227,7 @@ def test_frozen_norm_layers_inside_a_training_model(name):
     """A norm layer in evaluation mode (or one that is always frozen) keeps its statistics, and takes part as a map."""
     conv, _, act, pool = stem_parts(norm=False, dtype=torch.float64)
     norm = random_norm(name)
-    stem = MixPoolStem(conv, norm, None if hasattr(norm, "act") else act, pool, select=MIXED).train()
+    stem = MixPoolStem(conv, norm, None if hasattr(norm, "act") else act, pool, pooling=MIXED).train()
     norm.eval()
     before = {key: value.clone() for key, value in norm.state_dict().items()}
     x = images(dtype=torch.float64).requires_grad_()
@@ -249,7 +248,7 @@ def test_norm_layers_of_the_libraries_all_follow_the_same_rule_in_training(name)
     reference.load_state_dict(state)
     norm_act = None if hasattr(norm, "act") else act
     outs = [
-        MixPoolStem(copy.deepcopy(conv), layer, layer_act, pool, select=MIXED).train()(x)
+        MixPoolStem(copy.deepcopy(conv), layer, layer_act, pool, pooling=MIXED).train()(x)
         for layer, layer_act in ((norm, norm_act), (reference, act))
     ]
     assert_close("output", *outs)
@@ -259,7 +258,7 @@ def test_norm_layers_of_the_libraries_all_follow_the_same_rule_in_training(name)
 
 def test_frozen_norm_in_float32_keeps_the_dtype_of_a_bfloat16_convolution():
     conv = nn.Conv2d(3, 4, 7, 2, 3, bias=False).bfloat16()
-    stem = MixPoolStem(conv, torchvision.ops.FrozenBatchNorm2d(4), nn.ReLU(), select=[True, False] * 2)
+    stem = MixPoolStem(conv, torchvision.ops.FrozenBatchNorm2d(4), nn.ReLU(), pooling=["modulus", "max"] * 2)
     assert stem(torch.randn(2, 3, 20, 22).bfloat16()).dtype == torch.bfloat16
 
 
@@ -267,20 +266,20 @@ def test_frozen_norm_in_float32_keeps_the_dtype_of_a_bfloat16_convolution():
 
 
 def computed_envelope(stem: MixPoolStem, x: Tensor) -> Tensor:
-    """|z| at the positions computed: all for blur=3; those of the total stride for blur=1 (window 3, padding 1)."""
-    partner = analytic_partner(stem.weight.detach(), ChannelPlan.decode_direction(stem.plan))
-    stride = stem.stride if stem.blur == 3 else stem.total_stride
+    """|z| at the positions computed: all, or those of the total stride for "cmod" (window 3, padding 1)."""
+    partner = analytic_partner(stem.weight.detach(), decode_direction(stem.plan))
+    stride = stem.total_stride if "cmod" in stem.poolings else stem.stride
     return torch.hypot(
         *(nn.functional.conv2d(x, weight, None, stride, stem.padding) for weight in (stem.weight.detach(), partner))
     )
 
 
-@pytest.mark.parametrize("blur", [1, 3])
+@pytest.mark.parametrize("pooling", ["cmod", "modulus", "energy"])
 @pytest.mark.parametrize("momentum", [0.1, 0.37, None])
-def test_running_statistics_of_modulus_channels_by_hand(blur, momentum):
+def test_running_statistics_of_complex_channels_by_hand(pooling, momentum):
     parts = stem_parts(dtype=torch.float64, momentum=momentum)
-    stem = MixPoolStem(*parts, select=MIXED, blur=blur).train()
-    norm, is_modulus = parts[1], torch.tensor(MIXED)
+    stem = MixPoolStem(*parts, pooling=plan_of(pooling)).train()
+    norm, is_modulus = parts[1], torch.tensor(SWAPPED)
     constant = norm.running_mean.clone()
     running_mean, running_var = norm.running_mean.clone(), norm.running_var.clone()
     for step in range(1, 4):
@@ -299,13 +298,13 @@ def test_running_statistics_of_modulus_channels_by_hand(blur, momentum):
         assert norm.num_batches_tracked == step
 
 
-@pytest.mark.parametrize("blur", [1, 3])
+@pytest.mark.parametrize("pooling", ["cmod", "modulus", "energy"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_training_output_is_the_definition_with_the_batch_statistics(blur, bias):
+def test_training_output_is_the_definition_with_the_batch_statistics(pooling, bias):
     """sigma^2 = mean(|z|^2) / 2 + eps and the constant running mean for modulus channels; the bias moves the mean."""
     parts = stem_parts(dtype=torch.float64, bias=bias, eps=0.01)
-    norm, is_modulus = parts[1], torch.tensor(MIXED)
-    stem = MixPoolStem(*parts, select=MIXED, blur=blur).train()
+    norm, is_modulus = parts[1], torch.tensor(SWAPPED)
+    stem = MixPoolStem(*parts, pooling=plan_of(pooling)).train()
     x = images(dtype=torch.float64)
     y = nn.functional.conv2d(x, stem.weight.detach(), parts[0].bias, 2, 2).detach()
     half_energy = computed_envelope(stem, x).square().mean(dim=(0, 2, 3)) / 2
@@ -316,13 +315,14 @@ def test_training_output_is_the_definition_with_the_batch_statistics(blur, bias)
     assert_close("output", stem(x), expected)
 
 
-def test_training_gradients_by_finite_differences():
+@pytest.mark.parametrize("plan", [MIXED[:4], ("energy", "blurpool", "max", "cmod")], ids=["modulus", "others"])
+def test_training_gradients_by_finite_differences(plan):
     """Through the batch statistics, for the input and every parameter; tanh has no kink."""
     conv, norm, _, pool = stem_parts(4, in_channels=1, kernel_size=3, padding=1, bias=True, dtype=torch.float64)
     conv.in_channels = 1
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([0.7, -0.9, 1.2, -0.6]))
-    stem = MixPoolStem(conv, norm, nn.Tanh(), pool, select=MIXED[:4], imag="free").train()
+    stem = MixPoolStem(conv, norm, nn.Tanh(), pool, pooling=plan).train()
     names = [name for name, _ in stem.named_parameters()]
     buffers = {name: buffer.clone() for name, buffer in stem.named_buffers()}
 
@@ -338,7 +338,7 @@ def test_training_gradients_by_finite_differences():
 def test_nothing_jumps_between_training_and_evaluation():
     """With momentum 1 the running statistics are the batch's, so evaluation repeats the training pass."""
     parts = stem_parts(dtype=torch.float64, momentum=1.0)
-    stem = MixPoolStem(*parts, select="all")
+    stem = MixPoolStem(*parts, pooling="modulus")
     x = images(dtype=torch.float64)
     before = stem.eval()(x)
     in_training = stem.train()(x).detach()
@@ -348,7 +348,7 @@ def test_nothing_jumps_between_training_and_evaluation():
 
 def test_without_running_statistics_there_is_no_mean_to_subtract():
     parts = stem_parts(dtype=torch.float64, track_running_stats=False)
-    stem = MixPoolStem(*parts, select=ALL_MODULUS).eval()
+    stem = MixPoolStem(*parts, pooling=ALL_MODULUS).eval()
     x = images(dtype=torch.float64)
     var = computed_envelope(stem, x).square().mean(dim=(0, 2, 3)) / 2
     scale = parts[1].weight.detach() / (var + parts[1].eps).sqrt()
@@ -359,7 +359,7 @@ def test_without_running_statistics_there_is_no_mean_to_subtract():
 
 def test_affine_false():
     parts = stem_parts(dtype=torch.float64, affine=False)
-    stem = MixPoolStem(*parts, select=MIXED).eval()
+    stem = MixPoolStem(*parts, pooling=MIXED).eval()
     x = images(dtype=torch.float64)
     assert_close("evaluation", stem(x), expected_output(stem, x, *frozen_affine(parts[1])))
     assert torch.isfinite(stem.train()(x)).all() and not list(stem.bn.parameters())
@@ -367,7 +367,7 @@ def test_affine_false():
 
 def test_an_empty_batch_leaves_the_statistics_alone():
     for plan in PLANS.values():
-        stem = MixPoolStem(*stem_parts(), select=plan).train()
+        stem = MixPoolStem(*stem_parts(), pooling=plan).train()
         before = {key: value.clone() for key, value in stem.state_dict().items()}
         out = stem(images(0).requires_grad_())
         assert out.shape == (0, 7, 9, 8)
@@ -382,7 +382,7 @@ def test_one_value_per_channel_cannot_be_normalised():
     x = torch.randn(1, 3, 3, 3)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         stock(parts).train()(x)
-    stem = MixPoolStem(*parts, select="none").train()
+    stem = MixPoolStem(*parts, pooling="max").train()
     before = {key: value.clone() for key, value in stem.state_dict().items()}
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         stem(x)
@@ -399,7 +399,7 @@ def test_one_value_per_channel_cannot_be_normalised():
 def test_sync_batch_norm_of_two_processes_equals_one_with_the_whole_batch(momentum, splits):
     """Outputs, gradients and running statistics over two steps; the first process gets `splits` of 5 images."""
     parts = stem_parts(dtype=torch.float64, bias=True, momentum=momentum)
-    stem = MixPoolStem(parts[0], nn.SyncBatchNorm.convert_sync_batchnorm(parts[1]), *parts[2:], select=MIXED)
+    stem = MixPoolStem(parts[0], nn.SyncBatchNorm.convert_sync_batchnorm(parts[1]), *parts[2:], pooling=MIXED)
     assert isinstance(stem.bn, nn.SyncBatchNorm)
     batches = [images(5, (17, 14), torch.float64) * factor for factor in (1, 2)]
     upstreams = [torch.randn(5, 7, 5, 4, dtype=torch.float64) for _ in batches]
@@ -418,10 +418,10 @@ def test_sync_batch_norm_of_two_processes_equals_one_with_the_whole_batch(moment
 
 def test_distributed_data_parallel_equals_one_process():
     stems = {}
-    for kind in ("frozen batch norm", "no norm, free partner"):
+    for kind in ("frozen batch norm", "no norm"):
         is_frozen = kind.startswith("frozen")
         parts = stem_parts(dtype=torch.float64, norm=is_frozen, bias=True)
-        stems[kind] = MixPoolStem(*parts, select=MIXED, imag="tied" if is_frozen else "free").train()
+        stems[kind] = MixPoolStem(*parts, pooling=EVERY).train()
         if is_frozen:
             stems[kind].bn.eval()
     x, upstream = images(4, (17, 14), torch.float64), torch.randn(4, 7, 5, 4, dtype=torch.float64)
@@ -436,40 +436,18 @@ def test_distributed_data_parallel_equals_one_process():
 # --- the partner ------------------------------------------------------------------------------------------------------
 
 
-def test_tied_partner_follows_the_weight():
-    stem = MixPoolStem(*stem_parts(dtype=torch.float64), select=MIXED).train()
+def test_the_partner_follows_the_weight():
+    stem = MixPoolStem(*stem_parts(dtype=torch.float64), pooling=MIXED).train()
     assert [name for name, _ in stem.named_parameters()] == ["weight", "bn.weight", "bn.bias"]
     before = stem.imaginary_weight().detach().clone()
     optimizer = torch.optim.SGD(stem.parameters(), lr=0.1)
     out = stem(images(dtype=torch.float64))
     out.backward(torch.randn_like(out))
     optimizer.step()
-    direction = ChannelPlan.decode_direction(stem.plan)[stem.modulus_index]
-    expected = analytic_partner(stem.weight.detach()[list(MIXED)], direction)
+    direction = decode_direction(stem.plan)[list(SWAPPED)]
+    expected = analytic_partner(stem.weight.detach()[list(SWAPPED)], direction)
     assert_close("V", stem.imaginary_weight(), expected)
     assert (stem.imaginary_weight() - before).abs().max() > 1e-3
-
-
-def test_free_partner_is_a_parameter_of_the_modulus_channels():
-    stem = MixPoolStem(*stem_parts(dtype=torch.float64), select=MIXED, imag="free").train()
-    tied = MixPoolStem(*stem_parts(dtype=torch.float64), select=MIXED).train()
-    assert dict(stem.named_parameters())["weight_imag"].shape == stem.weight.shape
-    is_modulus = torch.tensor(MIXED)
-    assert not stem.weight_imag[~is_modulus].any()
-    assert_same_bits("start", stem.weight_imag[is_modulus], tied.imaginary_weight())
-    x = images(dtype=torch.float64)
-    assert_close("output at the start", stem(x), tied(x).detach())
-    out = stem(x)
-    out.backward(torch.randn_like(out))
-    touched = stem.weight_imag.grad.abs().amax(dim=(1, 2, 3)) > 0
-    assert not touched[~is_modulus].any()
-    # A channel whose gamma is 0 gets no gradient, whatever its kind.
-    assert touched[is_modulus & (stem.bn.weight != 0)].all()
-    before = stem.weight.detach().clone()
-    with torch.no_grad():
-        stem.weight.add_(1)
-    assert_same_bits("V stays", stem.imaginary_weight(), stem.weight_imag[is_modulus])
-    assert not torch.equal(before, stem.weight)
 
 
 # --- the module as an object ------------------------------------------------------------------------------------------
@@ -477,44 +455,30 @@ def test_free_partner_is_a_parameter_of_the_modulus_channels():
 
 def test_parts_are_taken_over_not_copied():
     conv, norm, act, pool = stem_parts(bias=True)
-    stem = MixPoolStem(conv, norm, act, pool, select=MIXED)
+    stem = MixPoolStem(conv, norm, act, pool, pooling=MIXED)
     assert stem.weight is conv.weight and stem.bias is conv.bias and stem.bn is norm
     assert type(stem.act) is nn.ReLU
-    assert stem.training and not MixPoolStem(conv.eval(), norm, act, pool, select="none").training
-    assert stem.total_stride == (4, 4) and stem.num_modulus == 4
-    assert stem.kinds == tuple("modulus" if flag else "max" for flag in MIXED)
+    assert stem.training and not MixPoolStem(conv.eval(), norm, act, pool, pooling="max").training
+    assert stem.total_stride == (4, 4) and stem.num_complex == 4
+    assert stem.poolings == MIXED
 
 
 def test_defaults():
     conv, norm, _, _ = stem_parts()
-    stem = MixPoolStem(conv, norm, select="none")
+    stem = MixPoolStem(conv, norm, pooling="max")
     assert isinstance(stem.act, nn.Identity)
     x = images()
     assert_same_bits("pool", stem.eval()(x), nn.Sequential(conv, norm, nn.MaxPool2d(3, 2, 1)).eval()(x))
-    with_act = MixPoolStem(stem_parts()[0], timm.layers.BatchNormAct2d(7, act_layer=nn.ReLU), select="none")
+    with_act = MixPoolStem(stem_parts()[0], timm.layers.BatchNormAct2d(7, act_layer=nn.ReLU), pooling="max")
     assert isinstance(with_act.act, nn.ReLU)
 
 
-def test_select():
-    def parts():
-        return stem_parts(kernel_size=7, padding=3)
-
-    assert MixPoolStem(*parts(), select="all").num_modulus == 7
-    assert MixPoolStem(*parts(), select="none").num_modulus == 0
-    by_function = MixPoolStem(*parts(), select=lambda stats: stats.frequency > stats.frequency.median())
-    assert by_function.num_modulus == 3
-    assert MixPoolStem(*parts(), select=torch.tensor(MIXED)).num_modulus == 4
-    for wrong in ("some", [True] * 6, [0.5] * 7, lambda stats: [True]):
-        with pytest.raises(ValueError, match="select"):
-            MixPoolStem(*parts(), select=wrong)
-
-
 def test_extra_repr():
-    stem = MixPoolStem(*stem_parts(bias=True), select=MIXED, blur=1, max_blur=3, imag="free")
+    stem = MixPoolStem(*stem_parts(bias=True), pooling=plan_of("cmod", "blurpool"))
     text = repr(stem)
     for part in ("3, 7", "kernel_size=(5, 5)", "stride=(2, 2)", "padding=(2, 2)", "bias=True", "size=(3, 3)"):
         assert part in text, part
-    for part in ("modulus=4/7", "blur=1", "max_blur=3", "imag='free'", "(bn): BatchNorm2d(7", "(act): ReLU()"):
+    for part in ("pooling=4 cmod + 3 blurpool", "(bn): BatchNorm2d(7", "(act): ReLU()"):
         assert part in text, part
     assert "dilation" not in text
     assert "size=(2, 3), stride=(2, 3)" in repr(MixPoolStem(*stem_parts(pool=nn.MaxPool2d((2, 3)))))
@@ -532,14 +496,13 @@ def by_torch_save(stem):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("imag", ["tied", "free"])
-def test_copies(duplicate, imag):
-    stem = MixPoolStem(*stem_parts(), select=MIXED, imag=imag, max_blur=3)
+def test_copies(duplicate):
+    stem = MixPoolStem(*stem_parts(), pooling=EVERY)
     other = duplicate(stem)
     x = images()
     assert_same_bits("evaluation", other.eval()(x), stem.eval()(x))
     assert_same_bits("training", other.train()(x), stem.train()(x))
-    assert str(other.channel_plan) == str(stem.channel_plan) and repr(other) == repr(stem)
+    assert other.poolings == stem.poolings and repr(other) == repr(stem)
     assert all(p is not q for p, q in zip(other.parameters(), stem.parameters(), strict=True))
     with torch.no_grad():
         other.weight.add_(1)
@@ -552,31 +515,28 @@ def test_copies(duplicate, imag):
 def test_state_dict_holds_the_stock_state_the_plan_and_the_calibration():
     parts = stem_parts(bias=True)
     norm_keys = {f"bn.{key}" for key in parts[1].state_dict()}
-    stem = MixPoolStem(*parts, select=MIXED)
+    stem = MixPoolStem(*parts, pooling=MIXED)
     assert set(stem.state_dict()) == {"weight", "bias", "plan", "calibration"} | norm_keys
     assert stem.plan.dtype == torch.float32 and stem.plan.shape == (7, 3)
-    free = MixPoolStem(*stem_parts(), select=MIXED, imag="free")
-    assert "weight_imag" in free.state_dict()
 
 
 OTHER_STEMS = {
-    "same": {"select": MIXED, "blur": 1, "max_blur": 3},
-    "other plan": {"select": [not flag for flag in MIXED]},
-    "all-max": {"select": "none"},
-    "all-modulus, other blurs": {"select": "all", "blur": 3, "max_blur": 1},
+    "same": EVERY,
+    "other plan": plan_of("max", "energy"),
+    "all-max": "max",
+    "all-modulus": "modulus",
 }
 
 
-@pytest.mark.parametrize("options", OTHER_STEMS.values(), ids=OTHER_STEMS)
-@pytest.mark.parametrize("imag", ["tied", "free"])
+@pytest.mark.parametrize("pooling", OTHER_STEMS.values(), ids=OTHER_STEMS)
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
-def test_a_checkpoint_brings_its_plan_and_its_blurs(options, imag, assign):
-    stem = MixPoolStem(*stem_parts(), select=MIXED, blur=1, max_blur=3, imag=imag).eval()
-    other = MixPoolStem(*stem_parts(seed=2), imag=imag, **options).eval()
+def test_a_checkpoint_brings_its_plan(pooling, assign):
+    stem = MixPoolStem(*stem_parts(), pooling=EVERY).eval()
+    other = MixPoolStem(*stem_parts(seed=2), pooling=pooling).eval()
     other.load_state_dict(copy.deepcopy(stem.state_dict()), assign=assign)
     x = images()
     assert_same_bits("output", other(x), stem(x))
-    assert (other.kinds, other.blur, other.max_blur) == (stem.kinds, 1, 3)
+    assert other.poolings == EVERY
     for key, value in stem.state_dict().items():
         assert_same_bits(key, other.state_dict()[key], value)
     out = other.train()(x)
@@ -586,12 +546,12 @@ def test_a_checkpoint_brings_its_plan_and_its_blurs(options, imag, assign):
 
 
 def test_a_checkpoint_within_a_model_and_of_half_precision():
-    stem = MixPoolStem(*stem_parts(), select=MIXED, blur=1)
+    stem = MixPoolStem(*stem_parts(), pooling=plan_of("cmod"))
     model = nn.ModuleDict({"conv1": stem, "fc": nn.Linear(2, 2)})
     state = {key: v.half() if v.is_floating_point() else v for key, v in model.state_dict().items()}
-    other = nn.ModuleDict({"conv1": MixPoolStem(*stem_parts(seed=2), select="none"), "fc": nn.Linear(2, 2)})
+    other = nn.ModuleDict({"conv1": MixPoolStem(*stem_parts(seed=2), pooling="max"), "fc": nn.Linear(2, 2)})
     other.load_state_dict(state)
-    assert other["conv1"].kinds == stem.kinds and other["conv1"].blur == 1
+    assert other["conv1"].poolings == stem.poolings
     x = images()
     # because the weights and the statistics were rounded to 11 bits
     assert_close("output", other["conv1"].eval()(x), stem.eval()(x), (2e-2, 2e-2))
@@ -601,38 +561,26 @@ def test_a_stock_checkpoint_loads_with_a_warning_and_keeps_the_plan():
     parts = stem_parts(seed=3, bias=True)
     state = {f"conv1.{key}": value for key, value in parts[0].state_dict().items()}
     state |= {f"conv1.bn.{key}": value for key, value in parts[1].state_dict().items()}
-    for imag in ("tied", "free"):
-        stem = MixPoolStem(*stem_parts(bias=True), select=MIXED, imag=imag)
-        with pytest.warns(UserWarning, match=r"conv1: this checkpoint has no channel plan .*4 of 7 on modulus"):
-            nn.ModuleDict({"conv1": stem}).load_state_dict(state)
-        assert stem.num_modulus == 4
-        assert_same_bits("weight", stem.weight, parts[0].weight)
-        x = images()
-        expected = expected_output(stem, x, *frozen_affine(parts[1]))
-        assert_close("output", stem.eval()(x), expected)
-
-
-def test_tied_and_free_checkpoints():
-    tied = MixPoolStem(*stem_parts(), select=MIXED).eval()
-    free = MixPoolStem(*stem_parts(seed=2), select="all", imag="free").eval()
-    with pytest.raises(RuntimeError, match='weight_imag is in the checkpoint, which was converted with imag="free"'):
-        copy.deepcopy(tied).load_state_dict(free.state_dict())
-    free.load_state_dict(tied.state_dict())
+    stem = MixPoolStem(*stem_parts(bias=True), pooling=MIXED)
+    with pytest.warns(UserWarning, match=r"conv1: this checkpoint has no channel plan .*4 of 7 channels complex"):
+        nn.ModuleDict({"conv1": stem}).load_state_dict(state)
+    assert stem.poolings == MIXED
+    assert_same_bits("weight", stem.weight, parts[0].weight)
     x = images()
-    assert_same_bits("output", free(x), tied(x))
-    assert not free.weight_imag[~torch.tensor(MIXED)].any()
+    expected = expected_output(stem, x, *frozen_affine(parts[1]))
+    assert_close("output", stem.eval()(x), expected)
 
 
 def test_a_checkpoint_of_another_shape_is_an_error():
-    stem = MixPoolStem(*stem_parts(), select=MIXED)
+    stem = MixPoolStem(*stem_parts(), pooling=MIXED)
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
-        MixPoolStem(*stem_parts(kernel_size=3), select=MIXED).load_state_dict(stem.state_dict())
+        MixPoolStem(*stem_parts(kernel_size=3), pooling=MIXED).load_state_dict(stem.state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
         stem.load_state_dict({key: value for key, value in stem.state_dict().items() if key != "bn.weight"})
 
 
 def test_equal_checkpoints_load_without_a_warning():
-    stem = MixPoolStem(*stem_parts(), select=MIXED)
+    stem = MixPoolStem(*stem_parts(), pooling=MIXED)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stem.load_state_dict(copy.deepcopy(stem.state_dict()))
@@ -646,7 +594,7 @@ def test_equal_checkpoints_load_without_a_warning():
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_converted_dtypes(dtype, plan, mode):
     parts = stem_parts()
-    stem = MixPoolStem(*parts, select=plan)
+    stem = MixPoolStem(*parts, pooling=plan)
     x = images()
     getattr(stem, mode)()
     truth = copy.deepcopy(stem).double()(x.double()).detach()
@@ -659,8 +607,8 @@ def test_converted_dtypes(dtype, plan, mode):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_partner_of_a_stem_in_half_precision_is_as_exact_as_its_weights(dtype):
-    stem = MixPoolStem(*stem_parts(kernel_size=7, padding=3), select="all").to(dtype)
-    direction = ChannelPlan.decode_direction(stem.plan)
+    stem = MixPoolStem(*stem_parts(kernel_size=7, padding=3), pooling="modulus").to(dtype)
+    direction = decode_direction(stem.plan)
     exact = analytic_partner(stem.weight.detach().double(), direction)
     error = (stem.imaginary_weight().double() - exact).norm() / exact.norm()
     assert error < 2 * torch.finfo(dtype).eps
@@ -668,7 +616,7 @@ def test_the_partner_of_a_stem_in_half_precision_is_as_exact_as_its_weights(dtyp
 
 def test_the_way_to_half_precision_and_back_costs_nothing_but_the_weights_rounding():
     """The partner map follows from the plan: a float32 checkpoint restores the stem, whatever dtype it went through."""
-    stem = MixPoolStem(*stem_parts(), select=MIXED).eval()
+    stem = MixPoolStem(*stem_parts(), pooling=MIXED).eval()
     state, x = copy.deepcopy(stem.state_dict()), images()
     expected = stem(x)
     stem.bfloat16().float().load_state_dict(state)
@@ -682,8 +630,8 @@ def test_a_norm_layer_kept_in_float32():
         parts[0].bfloat16()
         x = images(dtype=torch.bfloat16)
         expected = stock(parts).eval()(x)
-        truth = MixPoolStem(*copies(parts), select=plan).eval()
-        out = MixPoolStem(*parts, select=plan).eval()(x)
+        truth = MixPoolStem(*copies(parts), pooling=plan).eval()
+        out = MixPoolStem(*parts, pooling=plan).eval()(x)
         assert out.dtype == expected.dtype and out.shape == expected.shape
         assert_close("output", out, truth.double()(x.double()), (0.1, 0.05))  # because V is rounded as well
 
@@ -692,7 +640,7 @@ def test_a_norm_layer_kept_in_float32():
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_autocast(plan, mode):
     parts = stem_parts()
-    stem = getattr(MixPoolStem(*parts, select=plan, max_blur=3), mode)()
+    stem = getattr(MixPoolStem(*parts, pooling=plan), mode)()
     x = images()
     truth = copy.deepcopy(stem)(x).detach()
     model = getattr(stock(parts), mode)()
@@ -709,7 +657,7 @@ def test_autocast(plan, mode):
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_channels_last(mode):
-    stem = getattr(MixPoolStem(*stem_parts(), select=MIXED, max_blur=3), mode)()
+    stem = getattr(MixPoolStem(*stem_parts(), pooling=EVERY), mode)()
     x = images()
     expected = copy.deepcopy(stem)(x).detach()
     for case, module, image in (
@@ -727,13 +675,13 @@ def test_channels_last(mode):
 
 
 def test_meta_device():
-    stem = MixPoolStem(*stem_parts(), select=MIXED, max_blur=3).eval()
+    stem = MixPoolStem(*stem_parts(), pooling=EVERY).eval()
     out = copy.deepcopy(stem).to("meta")(images().to("meta"))
     assert out.shape == stem(images()).shape and out.device.type == "meta"
 
 
 def test_inference_mode_and_no_grad_agree_with_autograd():
-    stem = MixPoolStem(*stem_parts(dtype=torch.float64), select=MIXED).eval()
+    stem = MixPoolStem(*stem_parts(dtype=torch.float64), pooling=MIXED).eval()
     x = images(dtype=torch.float64)
     expected = stem(x).detach()
     with torch.inference_mode():
@@ -747,12 +695,11 @@ def test_inference_mode_and_no_grad_agree_with_autograd():
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_blur_pool_stem_is_timms_blur_pool_after_stride_1_maxima(mode, size):
+def test_blurpool_is_timms_blur_pool_after_stride_1_maxima(mode, size):
     conv, norm, act, _ = stem_parts(dtype=torch.float64)
     expected = nn.Sequential(conv, norm, act, nn.MaxPool2d(3, 1, 1), BlurPool2d(7, filt_size=3, stride=2)).double()
     expected = getattr(copy.deepcopy(expected), mode)()
-    stem = getattr(BlurPoolStem(conv, norm, act), mode)()
-    assert stem.num_modulus == 0 and stem.max_blur == 3
+    stem = getattr(MixPoolStem(conv, norm, act, pooling="blurpool"), mode)()
     x = images(2, size, torch.float64)
     x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     out, out_expected = stem(x_ours), expected(x_theirs)
@@ -764,19 +711,18 @@ def test_blur_pool_stem_is_timms_blur_pool_after_stride_1_maxima(mode, size):
         assert_close(f"gradient of {name}", grad, grad_expected, (1e-9, 1e-9))
 
 
-@pytest.mark.parametrize("select", ["all", MIXED], ids=["all", "mixed"])
-def test_cmod_stem_is_paper_2s_modulus_of_a_complex_convolution(select):
+@pytest.mark.parametrize("pooling", ["cmod", plan_of("cmod")], ids=["all", "mixed"])
+def test_cmod_is_paper_2s_modulus_of_a_complex_convolution(pooling):
     """relu(|gamma| / sigma * |conv at stride 2m with W + iV| + beta - gamma mu / sigma), by torch's complex numbers."""
     conv, norm, act, pool = stem_parts(dtype=torch.float64, kernel_size=7, padding=3)
-    stem = CModStem(conv, norm, act, pool, select=select).eval()
-    assert stem.blur == 1
+    stem = MixPoolStem(conv, norm, act, pool, pooling=pooling).eval()
     x = images(dtype=torch.float64)
-    direction = ChannelPlan.decode_direction(stem.plan)
+    direction = decode_direction(stem.plan)
     parts = torch.stack([conv.weight.detach(), analytic_partner(conv.weight.detach(), direction)], dim=-1)
     z = nn.functional.conv2d(x.to(torch.complex128), torch.view_as_complex(parts), None, 4, 3)
     scale, shift = frozen_affine(norm)
     expected = torch.relu(scale.abs()[:, None, None] * z.abs() + shift[:, None, None])
-    channels = list(range(7)) if select == "all" else [i for i, flag in enumerate(MIXED) if flag]
+    channels = [i for i, name in enumerate(stem.poolings) if name == "cmod"]
     assert_close("output", stem(x)[:, channels], expected[:, channels])
 
 
@@ -827,10 +773,8 @@ def bad_parts() -> dict[str, tuple[Callable[[dict], None], str]]:
         "dilated pool": (lambda p: p.update(pool=nn.MaxPool2d(3, 2, 1, dilation=2)), "dilation=1"),
         "pool with indices": (lambda p: p.update(pool=nn.MaxPool2d(3, 2, 1, return_indices=True)), "return_indices"),
         "window of 5": (lambda p: p.update(pool=nn.MaxPool2d(5, 2, 2)), "window of 2 or 3"),
-        "imag": (lambda p: p.update(imag="both"), '"tied" or "free", got \'both\''),
-        "blur": (lambda p: p.update(blur=5), "expected blur to be 1 or 3"),
-        "max_blur": (lambda p: p.update(max_blur=True + 1), "expected max_blur to be 1 or 3"),
-        "select": (lambda p: p.update(select="most"), "expected select to be"),
+        "pooling": (lambda p: p.update(pooling="most"), "expected poolings of .* got 'most'"),
+        "names": (lambda p: p.update(pooling=["max"] * 6), "expected 7 poolings, one per output channel, got 6"),
     }
 
 
@@ -845,7 +789,7 @@ def test_errors_name_the_part(name):
 
 
 def test_errors_of_inputs():
-    stem = MixPoolStem(*stem_parts(), select=MIXED)
+    stem = MixPoolStem(*stem_parts(), pooling=MIXED)
     for shape in ((3, 32, 32), (1, 4, 32, 32)):
         with pytest.raises(ValueError, match=r"expected images \(N, 3, H, W\), got"):
             stem(torch.randn(shape))
@@ -859,8 +803,19 @@ def test_norms_of_the_same_name_from_elsewhere_are_refused():
         MixPoolStem(nn.Conv2d(3, 7, 3), BatchNorm2d(7), nn.ReLU())
 
 
-def test_the_plan_of_all_max_is_the_constant_of_support():
-    """support.py's plans and the stem's kinds speak of the same channels."""
-    for plan in (ALL_MAX, ALL_MODULUS, MIXED):
-        stem = MixPoolStem(*stem_parts(), select=plan)
-        assert stem.plan[:, 0].tolist() == [(1 + 2) * flag for flag in plan]  # modulus, blurred; max, not blurred
+OLD_KEYWORDS = {
+    "select": ("all", "pooling=, a name or a list"),
+    "images": (None, "pooling=, a name or a list"),
+    "blur": (1, 'pooling="cmod"'),
+    "max_blur": (3, 'rest="blurpool"'),
+    "imag": ("free", "nothing: free imaginary filters"),
+}
+
+
+@pytest.mark.parametrize("name", OLD_KEYWORDS)
+def test_old_keywords_are_refused_with_the_new_spelling(name):
+    value, now = OLD_KEYWORDS[name]
+    with pytest.raises(TypeError, match=f"no {name}= any more; instead of .* write {now}"):
+        MixPoolStem(*stem_parts(), **{name: value})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        MixPoolStem(*stem_parts(), colour=1)
