@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support import MIXED, PLANS, assert_close, stem_parts
+from support import EVERY, MIXED, PLANS, assert_close, plan_of, stem_parts
 from torch import Tensor, nn
 
 from mixpool import MixPoolStem
@@ -15,7 +15,6 @@ GEOMETRIES = {
     "padding 1": nn.MaxPool2d(3, 2, 1),
     "padding 0, ceil_mode": nn.MaxPool2d(3, 2, ceil_mode=True),
 }
-BLURS = {"sharp": {"blur": 1, "max_blur": 1}, "blurred": {"blur": 3, "max_blur": 3}}
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +31,7 @@ def fresh_compiler():
 
 
 def mixed_stem(pool: nn.MaxPool2d = GEOMETRIES["padding 1"], plan=MIXED, **options) -> MixPoolStem:
-    return MixPoolStem(*stem_parts(pool=pool), **{"select": plan, **options})
+    return MixPoolStem(*stem_parts(pool=pool), **{"pooling": plan, **options})
 
 
 def training_step(function, stem: MixPoolStem, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
@@ -53,7 +52,7 @@ def assert_same_step(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 @pytest.mark.slow
 def test_inductor_in_evaluation():
-    stem = mixed_stem(blur=3, max_blur=3).eval()
+    stem = mixed_stem(plan=EVERY).eval()
     compiled = torch.compile(copy.deepcopy(stem), fullgraph=True)
     x = torch.randn(2, 3, 33, 30)
     with torch.no_grad():
@@ -62,7 +61,7 @@ def test_inductor_in_evaluation():
 
 @pytest.mark.slow
 def test_inductor_in_training():
-    stem = mixed_stem(blur=1, imag="free").train()
+    stem = mixed_stem(plan=EVERY).train()
     other = copy.deepcopy(stem)
     x = torch.randn(2, 3, 33, 30)
     upstream = torch.randn(2, 7, 9, 8)
@@ -71,11 +70,10 @@ def test_inductor_in_training():
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("blurs", BLURS.values(), ids=BLURS)
 @pytest.mark.parametrize("pool", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_one_graph_in_training_and_evaluation(plan, blurs, pool):
+def test_one_graph_in_training_and_evaluation(plan, pool):
     """Traced by dynamo and differentiated by AOTAutograd, without the code generator."""
-    stem = mixed_stem(pool, plan, **blurs).train()
+    stem = mixed_stem(pool, plan).train()
     other = copy.deepcopy(stem)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 33, 30)
@@ -95,23 +93,23 @@ def test_compiled_without_a_break_for_every_size():
 
 
 def test_compiled_under_autocast():
-    stem = mixed_stem(max_blur=3).eval()
+    stem = mixed_stem(plan=EVERY).eval()
     compiled = torch.compile(stem, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 33, 30)
     expected = stem(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = compiled(x)
     assert out.dtype == torch.bfloat16
-    assert_close("output", out, expected, (0.08, 0.03))  # as eager under autocast, in test_layers.py
+    assert_close("output", out, expected, (0.08, 0.03))  # as eager under autocast, in test_module.py
 
 
 class EveryVariant(nn.Module):
-    """Mixed stems of both blurs and both geometries side by side, so that one export covers them."""
+    """Stems of every pooling and both geometries side by side, so that one export covers them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stems = nn.ModuleList(
-            mixed_stem(pool, **blurs) for pool in GEOMETRIES.values() for blurs in BLURS.values()
+            mixed_stem(pool, plan) for pool in GEOMETRIES.values() for plan in (EVERY, plan_of("cmod", "blurpool"))
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -156,7 +154,7 @@ def test_fx_takes_the_stem_as_one_node():
 # Because torch's own forward-mode rules still go through torch.jit.
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
 def test_forward_mode_derivatives():
-    stem = MixPoolStem(*stem_parts(dtype=torch.float64), select=MIXED).eval()
+    stem = MixPoolStem(*stem_parts(dtype=torch.float64), pooling=EVERY).eval()
     x, tangent = torch.randn(2, 2, 3, 17, 14, dtype=torch.float64)
     out, derivative = torch.func.jvp(stem, (x,), (tangent,))
     assert_close("output", out, stem(x))
@@ -166,7 +164,7 @@ def test_forward_mode_derivatives():
 
 
 def test_functional_gradients():
-    stem = MixPoolStem(*stem_parts(dtype=torch.float64), select=MIXED).eval()
+    stem = MixPoolStem(*stem_parts(dtype=torch.float64), pooling=EVERY).eval()
     parameters = dict(stem.named_parameters())
     x = torch.randn(2, 3, 17, 14, dtype=torch.float64)
     upstream = torch.randn_like(stem(x))
@@ -180,7 +178,7 @@ def test_functional_gradients():
 
 
 def test_per_sample_gradients():
-    stem = MixPoolStem(*stem_parts(dtype=torch.float64), select=MIXED).eval()
+    stem = MixPoolStem(*stem_parts(dtype=torch.float64), pooling=EVERY).eval()
     parameters = dict(stem.named_parameters())
     x = torch.randn(3, 3, 17, 14, dtype=torch.float64)
     upstream = torch.randn_like(stem(x))
