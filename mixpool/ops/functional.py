@@ -14,7 +14,7 @@ from mixpool.filters.spectrum import pair
 from mixpool.ops.backend import Call, takes_fused
 from mixpool.ops.fused import groups as fused
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry, check_pool, memory_format_of
-from mixpool.ops.modes import needs_gradient
+from mixpool.ops.modes import is_eager, needs_gradient
 from mixpool.ops.reference import (
     POOLINGS,
     Group,
@@ -26,6 +26,9 @@ from mixpool.ops.reference import (
     groups_of,
 )
 from mixpool.ops.renamed import refuse_old
+
+
+MAP_BYTES = 20 * 2**20  # of a convolution's map that is computed at a time, on a CPU and without gradients
 
 
 def mixed_pool(
@@ -49,10 +52,25 @@ def mixed_pool(
     act: elementwise non-decreasing function.
     backend: "auto", "reference" or "fused"; needs_grad tells the choice whether a backward pass will come.
     """
-    call = Call(x, weight, groups, conv, pool, needs_grad)
-    compute = fused.convolve_and_pool if takes_fused(backend, call) else convolve_and_pool
-    parts = compute(x, weight, bias, weight_imag, groups, conv, pool, with_moments=with_moments)
-    return activate_and_merge(normalize(parts), groups, act, pool, memory_format_of(x))
+    compute = convolve_and_pool
+    if takes_fused(backend, Call(x, weight, groups, conv, pool, needs_grad)):
+        compute = fused.convolve_and_pool
+
+    def of(images: Tensor) -> Tensor:
+        parts = compute(images, weight, bias, weight_imag, groups, conv, pool, with_moments=with_moments)
+        return activate_and_merge(normalize(parts), groups, act, pool, memory_format_of(x))
+
+    if needs_grad or with_moments or not is_eager() or x.device.type != "cpu":
+        return of(x)
+    # Maps that stay in the CPU's cache, and below the 32 MiB from which glibc gives memory back to the system and takes
+    # it anew page by page, halve the time. Real poolings alone stay whole, to repeat the stock convolution bit by bit.
+    is_complex = [POOLINGS[group.pooling].is_complex for group in groups]
+    filters = sum(len(group.index) * (1 + flag) for group, flag in zip(groups, is_complex, strict=True))
+    positions = (x.shape[2] // conv.stride[0]) * (x.shape[3] // conv.stride[1])
+    count = max(1, MAP_BYTES // max(1, filters * positions * x.element_size()))
+    if not any(is_complex) or count >= len(x):
+        return of(x)
+    return torch.cat([of(images) for images in x.split(count)])
 
 
 def mixpool2d(

@@ -1,6 +1,6 @@
 """Modulus and energy of a complex map, whose two parts lie side by side in one tensor, with their derivatives.
 
-Below 1e-19 in float32, where squares have lost their digits, derivatives are 0 as they are at 0. So nothing is ever
+Below 1e-19 in float32, where squares have lost their digits, derivatives go to 0, which they are at 0. So nothing is ever
 divided by a tiny number, and a filter that has decayed to 1e-40 has a finite gradient. (A plain sqrt or hypot gives NaN
 at 0.) Squares, which `energy` and compiled graphs take, also want values up to 1e19.
 """
@@ -45,13 +45,13 @@ class _Modulus(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         z, out = ctx.saved_tensors
-        return _scaled(z, grad * _reciprocal(out))
+        return _scaled(z, grad / _not_tiny(out))
 
     @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
         z, out = ctx.saved_tensors
         re, im = (z * tangent).chunk(2, dim=1)
-        return (re + im) * _reciprocal(out)
+        return (re + im) / _not_tiny(out)
 
 
 class _Energy(torch.autograd.Function):
@@ -84,12 +84,12 @@ class _Root(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (out,) = ctx.saved_tensors
-        return grad * (_reciprocal(out) / 2)
+        return grad * _half_reciprocal(out)
 
     @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
         (out,) = ctx.saved_tensors
-        return tangent * (_reciprocal(out) / 2)
+        return tangent * _half_reciprocal(out)
 
 
 def _energy(z: Tensor) -> Tensor:
@@ -109,7 +109,12 @@ def _safe_root(energies: Tensor) -> Tensor:
     return energies.masked_fill(is_lost, 1).sqrt().masked_fill(is_lost, 0)
 
 
-def _reciprocal(out: Tensor) -> Tensor:
-    """1 / out, and 0 where the square of `out` has lost its digits."""
+def _not_tiny(out: Tensor) -> Tensor:
+    """What z is divided by: |z| itself down to 1e-19, so that the quotient goes to 0 with z from there on."""
+    return out.clamp_min(torch.finfo(out.dtype).tiny ** 0.5)
+
+
+def _half_reciprocal(out: Tensor) -> Tensor:
+    """1 / (2 out), and 0 where the square of `out` has lost its digits."""
     is_lost = out < torch.finfo(out.dtype).tiny ** 0.5
-    return out.masked_fill(is_lost, 1).reciprocal().masked_fill(is_lost, 0)
+    return out.masked_fill(is_lost, 1).reciprocal().masked_fill(is_lost, 0) / 2
