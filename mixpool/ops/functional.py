@@ -27,7 +27,6 @@ from mixpool.ops.reference import (
 )
 from mixpool.ops.renamed import refuse_old
 
-
 MAP_BYTES = 20 * 2**20  # of a convolution's map that is computed at a time, on a CPU and without gradients
 
 

@@ -1,8 +1,8 @@
 """Modulus and energy of a complex map, whose two parts lie side by side in one tensor, with their derivatives.
 
-Below 1e-19 in float32, where squares have lost their digits, derivatives go to 0, which they are at 0. So nothing is ever
-divided by a tiny number, and a filter that has decayed to 1e-40 has a finite gradient. (A plain sqrt or hypot gives NaN
-at 0.) Squares, which `energy` and compiled graphs take, also want values up to 1e19.
+Below 1e-19 in float32, where squares have lost their digits, derivatives go to 0, which they are at 0. So nothing is
+ever divided by a tiny number, and a filter that has decayed to 1e-40 has a finite gradient. (A plain sqrt or hypot
+gives NaN at 0.) Squares, which `energy` and compiled graphs take, also want values up to 1e19.
 """
 
 from __future__ import annotations
