@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixpool.ops.geometry import ConvGeometry, Pair, PoolGeometry, centers_are_inside, unreached
-from mixpool.ops.modes import in_functorch, is_eager, widened, without_autocast
+from mixpool.ops.modes import in_functorch, is_eager, needs_gradient, widened, without_autocast
 from mixpool.ops.modulus import energy, modulus, root
 from mixpool.ops.moments import Moments, energy_moments, modulus_moments, real_moments
 
@@ -143,7 +143,7 @@ def convolve_at_centers(
 
 
 def _convolved(x, weight, bias, weight_imag, groups, conv, pool) -> list[Tensor]:
-    """The map of each group; one convolution for all groups that are convolved alike."""
+    """The map of each group; without gradients one convolution for all groups that are convolved alike."""
     maps: dict[int, Tensor] = {}
     first_imag = 0
     filters = []
@@ -153,6 +153,8 @@ def _convolved(x, weight, bias, weight_imag, groups, conv, pool) -> list[Tensor]
         first_imag += count if is_complex else 0
         filters.append(_filters_of(group, weight, bias, imag))
     convolutions = [POOLINGS[group.pooling].convolve or convolve for group in groups]
+    if needs_gradient(x, weight, bias, weight_imag):  # its backward pass would have to join the groups' gradients
+        return [convolution(x, *own, conv, pool) for convolution, own in zip(convolutions, filters, strict=True)]
     for convolution in dict.fromkeys(convolutions):
         members = [i for i, own in enumerate(convolutions) if own is convolution]
         weights, biases = ([filters[i][part] for i in members] for part in (0, 1))
