@@ -14,7 +14,7 @@ from mixpool.filters.spectrum import pair
 from mixpool.ops.backend import Call, takes_fused
 from mixpool.ops.fused import groups as fused
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry, check_pool, memory_format_of
-from mixpool.ops.modes import is_eager, needs_gradient
+from mixpool.ops.modes import is_compiled_for_one_size, is_eager, needs_gradient
 from mixpool.ops.reference import (
     POOLINGS,
     Group,
@@ -27,6 +27,7 @@ from mixpool.ops.reference import (
 )
 from mixpool.ops.renamed import refuse_old
 
+MAX_PARTS = 4  # of a batch in a compiled graph, which holds the operators of each
 MAP_BYTES = 20 * 2**20  # of a convolution's map that is computed at a time, on a CPU and without gradients
 
 
@@ -59,7 +60,7 @@ def mixed_pool(
         parts = compute(images, weight, bias, weight_imag, groups, conv, pool, with_moments=with_moments)
         return activate_and_merge(normalize(parts), groups, act, pool, memory_format_of(x))
 
-    if needs_grad or with_moments or not is_eager() or x.device.type != "cpu":
+    if needs_grad or with_moments or x.device.type != "cpu" or not (is_eager() or is_compiled_for_one_size(x)):
         return of(x)
     # Maps that stay in the CPU's cache, and below the 32 MiB from which glibc gives memory back to the system and takes
     # it anew page by page, halve the time. Real poolings alone stay whole, to repeat the stock convolution bit by bit.
@@ -67,7 +68,7 @@ def mixed_pool(
     filters = sum(len(group.index) * (1 + flag) for group, flag in zip(groups, is_complex, strict=True))
     positions = (x.shape[2] // conv.stride[0]) * (x.shape[3] // conv.stride[1])
     count = max(1, MAP_BYTES // max(1, filters * positions * x.element_size()))
-    if not any(is_complex) or count >= len(x):
+    if not any(is_complex) or count >= len(x) or (not is_eager() and len(x) > MAX_PARTS * count):
         return of(x)
     return torch.cat([of(images) for images in x.split(count)])
 

@@ -14,6 +14,12 @@ def is_eager() -> bool:
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or in_functorch())
 
 
+def is_compiled_for_one_size(x: Tensor) -> bool:
+    """Whether torch.compile makes a graph for images of this size alone (an exported graph is for others too)."""
+    is_compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    return is_compiled and all(isinstance(length, int) for length in x.shape)
+
+
 def in_functorch() -> bool:
     """Whether torch.func transforms the call (vmap cannot change memory formats)."""
     return torch._C._are_functorch_transforms_active()
