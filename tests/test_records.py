@@ -1,6 +1,8 @@
 """Records and the tables that are made from them."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -48,11 +50,40 @@ def test_a_stale_table_is_noticed():
     assert tables.filled(text.replace("| stock |", "| stack |")) == text
 
 
-def test_the_commit_is_that_of_the_start(monkeypatch):
+@pytest.fixture
+def first_call():
+    """As in a process that has not asked for its code yet."""
+    records.code.cache_clear()
+    yield
+    records.code.cache_clear()
+
+
+def test_the_commit_is_that_of_the_start(first_call, monkeypatch):
     """A measurement runs the code it has imported: what is committed or edited meanwhile must not be stamped on it."""
-    before = records.stamp("speed")["code"]
+    before = dict(records.code())
     monkeypatch.setattr(records, "_commit", lambda folder: {"commit": "another", "dirty": True})
+    monkeypatch.setattr(records, "_source_hash_of", lambda folder: "another")
     assert records.stamp("speed")["code"] == before
+    records.code.cache_clear()
+    assert records.stamp("speed")["code"]["source"] == "another", "the test can fail"
+
+
+def test_a_record_does_not_share_its_code_with_the_next():
+    records.stamp("speed")["code"]["commit"] = "mine"
+    assert records.stamp("speed")["code"]["commit"] != "mine"
+
+
+def test_the_import_asks_neither_git_nor_the_sources():
+    script = (
+        "import pathlib, subprocess; asked = []; read = pathlib.Path.read_bytes\n"
+        "subprocess.run = lambda command, **_: (asked.append(command[0]), 1 / 0)\n"
+        "pathlib.Path.read_bytes = lambda path: (asked.append(path.suffix), read(path))[1]\n"
+        "from mixpool import records; print(asked)\n"
+        "try: records.code()\n"
+        "except ZeroDivisionError: print(asked[-1])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "git"], "the second line shows that the first could have been another"
 
 
 # --- the theory's page ------------------------------------------------------------------------------------------------

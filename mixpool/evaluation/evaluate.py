@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixpool import records
 from mixpool.evaluation.dataset import Failure, Images, Stream, check_classes
 from mixpool.evaluation.loader import Batch, batches
 from mixpool.evaluation.model_input import ModelInput, find_model_input
@@ -84,6 +85,7 @@ def evaluate(
         name: StemFrames(wanted.size) if name == "stem" else PROTOCOLS[name](wanted)
         for name in dict.fromkeys(protocols)
     }
+    records.code()  # that of the start, for `as_record`
     with at_work(model, device) as where:
         runner = Runner(model, wanted, where, amp, channels_last)
         num_classes = runner.probe()

@@ -20,6 +20,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 import mixpool
 from mixpool.cli import command as cli
+from mixpool.cli.common import EXIT_USER_ERROR
 from mixpool.conversion.stock import converted_stems
 from mixpool.training.configuration import parse, read_config
 from mixpool.training.model import build_model
@@ -187,7 +188,7 @@ def test_dry_run_with_the_stock_model_as_teacher(config, imagenet, tmp_path, cap
 def test_a_config_that_fails_fails_the_dry_run(cifar, tmp_path, capsys):
     config = tmp_path / "wrong.yaml"
     config.write_text(CIFAR[0].read_text().replace("num_classes: 10", "num_classes: 11"))
-    assert dry_run(config, cifar) == cli.EXIT_USER_ERROR
+    assert dry_run(config, cifar) == EXIT_USER_ERROR
     assert "num_classes: 10" in capsys.readouterr().err
 
 
