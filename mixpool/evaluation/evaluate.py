@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -143,13 +144,8 @@ def evaluate(
         notes=tuple(notes),
         settings={
             "protocols": list(plan),
-            "size": wanted.size,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(wanted).items()},
             "margin": margin(wanted.size),
-            "crop_ratio": wanted.crop_ratio,
-            "interpolation": wanted.interpolation,
-            "crop_mode": wanted.crop_mode,
-            "mean": list(wanted.mean),
-            "std": list(wanted.std),
             "num_classes": num_classes,
             "seed": seed,
             "batch_size": batch_size,

@@ -202,11 +202,6 @@ def _load_stock(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict({**expected, **state})
 
 
-def read_state(path: str | Path, *, use_ema: bool = True) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file, as `read_checkpoint` finds it."""
-    return read_checkpoint(path, use_ema=use_ema).state
-
-
 def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> Checkpoint:
     """What a file of weights holds; see `load_checkpoint`.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mixpool.conversion.convert import convert, revert
 from mixpool.conversion.stock import converted_stems
 from mixpool.evaluation.photos import IMAGENET_MEAN, IMAGENET_STD
-from mixpool.timm_models.loading import create_model, is_timm_model, load_checkpoint, one_line, read_state
+from mixpool.timm_models.loading import create_model, is_timm_model, load_checkpoint, one_line, read_checkpoint
 
 
 def build_model(options) -> nn.Module:
@@ -68,7 +68,7 @@ def _classes_in(path: str, name: str) -> int:
     """The number of classes that a file of weights is for; ValueError if it has no classifier of that model."""
     classifier = timm.models.get_pretrained_cfg(name).classifier
     names = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
-    state = read_state(path)
+    state = read_checkpoint(path).state
     found = [state[f"{layer}.weight"].shape[0] for layer in names if f"{layer}.weight" in state]
     if not found:
         raise ValueError(f"expected weights of {name!r} in {path}, found none of its classifier ({classifier})")

@@ -17,7 +17,7 @@ from mixpool.cli.evaluate import DESCRIPTION, EXAMPLES, add_options, run
 from mixpool.evaluation.evaluate import evaluate
 from mixpool.evaluation.model_input import ModelInput, find_model_input
 from mixpool.filters.gabor import gabor_bank
-from mixpool.timm_models.loading import load_checkpoint, load_model, read_state
+from mixpool.timm_models.loading import load_checkpoint, load_model, read_checkpoint
 from mixpool.training.configuration import parse as parse_run
 from mixpool.training.options import OPTIONS
 from mixpool.training.train import train
@@ -214,7 +214,7 @@ def test_the_moving_average_is_taken_and_told(data, tmp_path, capsys):
     assert same_outputs(load_model(NAME, path, use_ema=False), model)
     # As timm takes it.
     assert same_outputs(timm.create_model(NAME, num_classes=2, checkpoint_path=path), load_model(NAME, path))
-    assert torch.equal(read_state(path)["fc.weight"], average.fc.weight)
+    assert torch.equal(read_checkpoint(path).state["fc.weight"], average.fc.weight)
     fresh = timm.create_model(NAME, num_classes=2)
     assert load_checkpoint(fresh, path).is_average and same_outputs(fresh, average)
 
