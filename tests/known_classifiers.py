@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
+from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 from mixpool.evaluation.evaluate import evaluate
@@ -55,3 +56,8 @@ def noise(count, side=64):
 def run(model, images, *protocols, **options):
     options = {"model_input": PLAIN, "workers": 0, **options}
     return evaluate(model, images, protocols=protocols, **options)
+
+
+def small_model():
+    """A ResNet with its whole stem, and little behind it."""
+    return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=4, channels=(16, 16, 16, 16))

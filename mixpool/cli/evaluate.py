@@ -151,7 +151,7 @@ def run(options: argparse.Namespace) -> None:
     models = [entry for name, file in specs for entry in _load(name, file, options)]
     if len({entry.label for entry in models}) < len(models):  # files of one name in different folders
         models = [entry._replace(label=f"{entry.label} ({entry.about['checkpoint']})") for entry in models]
-    call = f"{datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')} {os.getpid()}"
+    call = f"{datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')} {os.getpid()}"
     found, first = [], None
     for label, model, wanted, about in models:
         result = evaluate(

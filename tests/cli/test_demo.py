@@ -29,6 +29,6 @@ def test_demo_measures_and_draws(tmp_path, monkeypatch, capsys):
 
 
 def test_demo_of_a_small_kernel_says_so(tmp_path, fails):
-    message = fails("demo", "--output", tmp_path, "--model", "torchvision/vgg11")
+    message = fails("demo", "--output", tmp_path, "--model", "torchvision/squeezenet1_1")
     assert "5 taps or more" in message and "--pretrained" in message
     assert list(tmp_path.iterdir()) == []

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import timm
 import torch
-from known_classifiers import ALL, PLAIN, SIZE, Lopsided, MeanColor, Parity, line, noise, run
+from known_classifiers import ALL, PLAIN, SIZE, Lopsided, MeanColor, Parity, line, noise, run, small_model
 from PIL import Image
 from torch import nn
 
@@ -150,7 +149,7 @@ def test_a_stream_gives_what_a_dataset_gives():
 
 
 def test_stock_and_converted_models_on_all_protocols_of_the_default():
-    model = timm.create_model("resnet18", num_classes=4).eval()
+    model = small_model().eval()
     images = [(image, label) for image, label in noise(3)]
     stock = run(model, images, *DEFAULT, model_input=ModelInput(size=64))
     convert(model, select="all")

@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-import timm
 import torch
-from known_classifiers import MeanColor, Parity, line, noise, run
+from known_classifiers import MeanColor, Parity, line, noise, run, small_model
 from torch import nn
 
 from mixpool.evaluation.dataset import Images
 from mixpool.evaluation.protocols import ModelInput
-
-
-def small_model():
-    return timm.create_model("resnet10t", num_classes=2)
 
 
 def test_modes_and_weights_stay():

@@ -37,8 +37,7 @@ def stock(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("imag", ["tied", "free"])
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize(("imag", "suffix"), [("tied", "safetensors"), ("free", "pth")])
 def test_a_converted_checkpoint_gives_the_converted_model(tmp_path, imag, suffix):
     model = model_of()
     convert(model, imag=imag, blur=1)
