@@ -58,7 +58,7 @@ def test_convert_with_images_keeps_the_calibration(checkpoint, noise_photos, tmp
 def test_convert_refuses_to_overwrite(checkpoint, tmp_path, capsys, fails):
     output = tmp_path / "mixed.safetensors"
     output.write_bytes(b"precious")
-    arguments = ["convert", STOCK, "--checkpoint", checkpoint, "--output", output]
+    arguments = ["convert", STOCK, "--select", "none", "--checkpoint", checkpoint, "--output", output]
     assert "--force" in fails(*arguments)
     assert output.read_bytes() == b"precious"
     assert main([str(argument) for argument in arguments] + ["--force"]) == 0

@@ -33,10 +33,10 @@ def test_random_weights_are_announced(capsys):
 
 @pytest.fixture(scope="module")
 def report(checkpoint, gabor_squeezenet):
-    """What `inspect` prints of the stock checkpoint."""
+    """What `inspect` prints of the stock checkpoint where all channels are asked for."""
     model = gabor_squeezenet()
     model.load_state_dict(load_file(checkpoint))
-    return f"{mixpool.convert(model)}\n"
+    return f"{mixpool.convert(model, select='all')}\n"
 
 
 @pytest.mark.parametrize("entry, prefix", [("state_dict", ""), ("model", "module."), (None, "module._orig_mod.")])
@@ -44,7 +44,7 @@ def test_torch_checkpoints(entry, prefix, tmp_path, checkpoint, report, capsys):
     state = {prefix + key: value for key, value in load_file(checkpoint).items()}
     path = tmp_path / "stock.pth"
     torch.save(state if entry is None else {entry: state, "epoch": 3}, path)
-    assert main(["inspect", STOCK, "--checkpoint", str(path)]) == 0
+    assert main(["inspect", STOCK, "--checkpoint", str(path), "--select", "all"]) == 0
     assert capsys.readouterr().out == report
 
 
@@ -60,7 +60,7 @@ def test_another_number_of_classes(tmp_path, fails, gabor_squeezenet):
     path = tmp_path / "ten.pt"
     torch.save(gabor_squeezenet(num_classes=10).state_dict(), path)
     assert "--num-classes" in fails("inspect", STOCK, "--checkpoint", path)
-    assert main(["inspect", STOCK, "--checkpoint", str(path), "--num-classes", "10"]) == 0
+    assert main(["inspect", STOCK, "--checkpoint", str(path), "--num-classes", "10", "--select", "none"]) == 0
 
 
 def test_pretrained_weights_without_a_network(monkeypatch, fails):
