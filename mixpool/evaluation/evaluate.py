@@ -70,7 +70,7 @@ def evaluate(
             image cannot be used (with on_error="raise"; with "skip", none can).
     Example:
         >>> import torchvision
-        >>> from mixpool.evaluate import evaluate
+        >>> from mixpool.evaluation.evaluate import evaluate
         >>> data = torchvision.datasets.FakeData(4, (3, 64, 64), 10)
         >>> net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
         >>> evaluate(net, data, protocols=["circular"], workers=0).num_images

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from training_runs import touch_curves
 
 from mixpool.training import train
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """Curves take longer to draw than these epochs to train; test_curves.py draws them, and so does every command."""
-    monkeypatch.setattr(train, "draw_curves", lambda folder, history, title: (folder / "curves.png").touch())
+    """test_curves.py draws curves, and so does the command under torchrun in test_train.py."""
+    monkeypatch.setattr(train, "draw_curves", touch_curves)
 
 
 @pytest.fixture

@@ -104,8 +104,8 @@ def test_a_run_that_was_stopped_ends_at_the_same_weights(photos, tmp_path, setti
 
 def test_a_run_killed_at_any_moment_ends_at_the_same_weights(photos, tmp_path):
     """`kill -9` after three random times, from the first line of the command to the last epoch."""
-    settings = EVERYTHING | {"epochs": 15, "workers": 1, "val_interval": 5}
-    start(photos, tmp_path / "warm-up", epochs=1).finish()  # of the server that forks
+    settings = EVERYTHING | {"epochs": 12, "workers": 1, "val_interval": 5}
+    start(photos, tmp_path / "warm-up", epochs=1).finish()  # the server that forks imports torch at the first call
     started = time.perf_counter()
     start(photos, tmp_path / "whole", **settings).finish()
     duration = time.perf_counter() - started
@@ -123,7 +123,7 @@ def test_a_run_killed_at_any_moment_ends_at_the_same_weights(photos, tmp_path):
 
 def test_two_processes_killed_within_an_epoch_end_at_the_same_weights(photos, tmp_path):
     """Also the running statistics, of which every process has its own until the end of an epoch, and the losses."""
-    settings = {"model": "tiny_norm", "model_ema": True, "model_ema_decay": 0.9, "epochs": 12, "batch_size": 2}
+    settings = {"model": "tiny_norm", "model_ema": True, "model_ema_decay": 0.9, "epochs": 8, "batch_size": 2}
     settings |= {"recovery_interval": 1, "val_interval": 4, "log_interval": 100, "processes": 2}
     start(photos, tmp_path / "whole", **settings).finish()
     running = start(photos, tmp_path / "cut", **settings)
@@ -157,10 +157,10 @@ def test_two_processes_equal_one_with_the_same_global_batch(photos, tmp_path, ac
     run(photos, tmp_path / "one", batch_size=8, **common)
     if accumulated == 1:
         by_torchrun(photos, tmp_path / "two", batch_size=4, **common)
+        assert (tmp_path / "two/run/curves.png").stat().st_size > 5000
     else:
         start(photos, tmp_path / "two", processes=2, batch_size=4, **common).finish()
     assert_equal(weights(tmp_path / "one"), weights(tmp_path / "two"), tolerance=1e-6)
-    assert (tmp_path / "two/run/curves.png").stat().st_size > 5000, "the command draws"
     rows = [list(csv.DictReader((tmp_path / name / "run" / "summary.csv").open())) for name in ("one", "two")]
     for one, two in zip(*rows, strict=True):
         for key in one:
