@@ -1,30 +1,44 @@
-"""How figures are saved, and how they are laid out in inches."""
-
-from __future__ import annotations
+"""Figures: files come out in the format asked for, axes lie where they were placed."""
 
 import pytest
+import torch
 from PIL import Image
 
-from mixpool.figures import blank_figure, image_axes, inch_axes, plain_axes, save_figure
+from mixpool.figures import MAX_COLOR, MODULUS_COLOR, OTHER_COLORS, blank_figure, image_axes, inch_axes, save_figure
 
 
-def test_the_suffix_is_the_format(tmp_path):
-    figure = blank_figure(4, 2)
-    with Image.open(save_figure(figure, tmp_path / "small.png", dpi=50)) as picture:
-        assert (picture.format, picture.size) == ("PNG", (200, 100))
-    assert save_figure(figure, tmp_path / "bare").name == "bare.png"
-    assert save_figure(figure, tmp_path / "v.svg").read_text().startswith("<?xml")
-    with pytest.raises(ValueError, match=r"named \*\.png, \*\.pdf or \*\.svg"):
-        save_figure(figure, tmp_path / "x.xyz")
+def png_size(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return image.size
+
+
+def figure():
+    figure = blank_figure(10.0, 4.8)
+    inch_axes(figure, 1.0, 0.5, 2.0, 3.0).plot([0, 1])
+    return figure
+
+
+def test_formats(tmp_path):
+    assert png_size(save_figure(figure(), tmp_path / "small.png", dpi=80)) == (800, 384)
+    assert save_figure(figure(), tmp_path / "bare").name == "bare.png"
+    assert (save_figure(figure(), tmp_path / "v.svg")).read_text().startswith("<?xml")
+    with pytest.raises(ValueError, match=r"\*\.png"):
+        save_figure(figure(), tmp_path / "x.xyz")
 
 
 def test_axes_are_placed_in_inches():
-    figure = blank_figure(10, 5)
-    assert inch_axes(figure, 1, 0.5, 4, 2).get_position().bounds == pytest.approx((0.1, 0.1, 0.4, 0.4))
-    assert image_axes(figure, 5, 1, 2).get_position().bounds == pytest.approx((0.5, 0.2, 0.2, 0.4))
+    blank = figure()
+    assert blank.get_facecolor() == (1, 1, 1, 1)
+    plot, image = *blank.axes, image_axes(blank, 4.0, 1.0, 2.5)
+    for axes, inches in ((plot, (1.0, 0.5, 2.0, 3.0)), (image, (4.0, 1.0, 2.5, 2.5))):
+        left, bottom, width, height = axes.get_position().bounds
+        assert (10 * left, 4.8 * bottom, 10 * width, 4.8 * height) == pytest.approx(inches)
+    assert len(image.get_xticks()) == len(image.get_yticks()) == 0
 
 
-def test_a_plain_panel_has_no_frame_above_and_to_the_right():
-    axes = inch_axes(blank_figure(3, 3), 1, 1, 1, 1)
-    plain_axes(axes)
-    assert {side for side, spine in axes.spines.items() if spine.get_visible()} == {"left", "bottom"}
+def test_colours_are_apart():
+    colors = [MODULUS_COLOR, MAX_COLOR, *OTHER_COLORS]
+    rgb = torch.tensor([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in colors])
+    distance = torch.cdist(rgb, rgb) + torch.eye(len(colors))
+    assert distance.min() > 0.25

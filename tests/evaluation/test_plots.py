@@ -11,6 +11,7 @@ from mixpool.evaluation.model_input import ModelInput
 from mixpool.evaluation.plots import TITLES, plot_curves, write_figures
 from mixpool.evaluation.protocols import PROTOCOLS
 from mixpool.evaluation.table import table_rows
+from mixpool.figures import blank_figure, inch_axes, plain_axes
 
 
 def record_of(model, value, **fields):
@@ -52,3 +53,9 @@ def test_every_curve_has_a_title_and_every_number_a_row(tmp_path):
     assert result.summary().keys() == METRICS.keys()
     assert len(table_rows([result.as_record(model="net")])) > len(METRICS)
     assert len(write_figures([result.as_record(model="net")], tmp_path)) == len(TITLES)
+
+
+def test_a_plain_panel_has_no_frame_above_and_to_the_right():
+    axes = inch_axes(blank_figure(3, 3), 1, 1, 1, 1)
+    plain_axes(axes)
+    assert {side for side, spine in axes.spines.items() if spine.get_visible()} == {"left", "bottom"}
