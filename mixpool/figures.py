@@ -11,20 +11,11 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 # Okabe and Ito's colours, which stay apart in every kind of colour blindness.
 MODULUS_COLOR = "#0072B2"
-
-
 MAX_COLOR = "#D55E00"
-
-
 OTHER_COLORS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-
-
 MUTED = "#5A5A5A"
-
-
 TEXT = {"color": "#222222"}
 
 
@@ -63,3 +54,11 @@ def image_axes(figure: Figure, left: float, bottom: float, side: float, frame: s
     for spine in axes.spines.values():
         spine.set(edgecolor=frame, linewidth=1.0)
     return axes
+
+
+def plain_axes(axes: Axes) -> None:
+    """The look of a panel of curves: small ticks, a pale grid across, no frame above and to the right."""
+    axes.tick_params(labelsize=8.5, length=2, color=MUTED)
+    axes.grid(axis="y", color="#E4E4E4", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

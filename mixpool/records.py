@@ -22,14 +22,12 @@ SCHEMA = 1
 
 def stamp(kind: str, **fields: Any) -> dict[str, Any]:
     """A record of some kind with the fields given, and the machine, the code, the time and the command."""
-    import mixpool
-
     return {
         "schema": SCHEMA,
         "kind": kind,
         **fields,
         "machine": machine(),
-        "code": {"version": mixpool.__version__, **CODE, "source": SOURCE},
+        "code": dict(code()),
         "time_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
@@ -51,6 +49,19 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
     }
+
+
+@functools.cache
+def code() -> dict[str, Any]:
+    """The version, git's commit, and a hash of the sources, as they are when this is first called.
+
+    What runs is what was there at the start: whoever measures for long calls this first, so that nothing which is
+    committed or edited meanwhile gets into the record. At import it would be in the way of those who measure nothing.
+    """
+    import mixpool
+
+    folder = Path(__file__).parent
+    return {"version": mixpool.__version__, **_commit(folder), "source": _source_hash_of(folder)}
 
 
 def write(path: str | os.PathLike[str], records: list[dict[str, Any]]) -> None:
@@ -135,8 +146,3 @@ def _commit(folder: Path) -> dict[str, Any]:
 
     status = git("status", "--porcelain", "--", ".")  # a file that is not in git runs too
     return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": None if status is None else bool(status)}
-
-
-# The code that runs is the code that was there at the start, whatever is committed or edited while it measures.
-CODE = _commit(Path(__file__).parent)
-SOURCE = _source_hash_of(Path(__file__).parent)

@@ -29,6 +29,8 @@ DOCTESTED = (
     "benchmarks.theory.experiment",
     "mixpool.conversion.convert",
     "mixpool.conversion.initialize",
+    "mixpool.evaluation.evaluate",
+    "mixpool.evaluation.shifts",
     "mixpool.filters.packets",
     "mixpool.filters.theory",
     "mixpool.filters.wavelets",

@@ -16,7 +16,7 @@ SETTINGS = {
     "first_conv": "conv",
     "classifier": "head",
 }
-default_cfgs = generate_default_cfgs({name: dict(SETTINGS) for name in ("tiny_stem", "tiny_norm")})
+default_cfgs = generate_default_cfgs({name: dict(SETTINGS) for name in ("tiny_stem", "tiny_norm", "tiny_stock")})
 
 
 class TinyNet(nn.Module):
@@ -47,3 +47,8 @@ def tiny_stem(pretrained=False, **options):
 @register_model
 def tiny_norm(pretrained=False, **options):
     return build_model_with_cfg(TinyNet, "tiny_norm", pretrained, norm=True, **options)
+
+
+@register_model
+def tiny_stock(pretrained=False, **options):
+    return build_model_with_cfg(TinyNet, "tiny_stock", pretrained, norm=True, converted=False, **options)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import datetime
+import hashlib
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mixpool.cli.common import (
+    add_output_folder,
+    existing,
+    folder_photos,
+    integer,
+    progress,
+    say,
+    say_failures,
+    writable_folder,
+)
 from mixpool.evaluation.evaluate import DEFAULT, NAMES
 
 if TYPE_CHECKING:
@@ -39,8 +49,8 @@ EXAMPLES = (
     "  mixpool evaluate mixpool_resnet18=output/run/model_best.pth.tar --data cifar10/ --split test\n"
     "a class folder is known by its name: without --class-map the sorted names are numbered from 0"
 )
-SHOWN_FAILURES = 10
 RECORDS = "evaluation.jsonl"
+CALIBRATION_IMAGES = 100
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--no-ema", dest="ema", action="store_false", help="not the moving average of a checkpoint that has one"
     )
-    weights.add_argument("--num-classes", type=_integer(1), metavar="N", help="classes of the model, if not the usual")
+    weights.add_argument("--num-classes", type=integer(1), metavar="N", help="classes of the model, if not the usual")
     weights.add_argument("--convert", action="store_true", help="also measure each model converted by mixpool")
     weights.add_argument(
         "--calibrate", metavar="DIR", help="with --convert: photos to choose and calibrate channels on"
@@ -69,14 +79,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--split", metavar="NAME", default="validation", help="default: %(default)s, or val and the like")
     data.add_argument("--class-map", metavar="FILE", help=".txt of class folders, one per line, in the model's order")
-    data.add_argument("--limit", type=_integer(0), default=0, metavar="N", help="images, evenly spread (default: all)")
+    data.add_argument("--limit", type=integer(0), default=0, metavar="N", help="images, evenly spread (default: all)")
     data.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="images that cannot be read")
     images = parser.add_argument_group(
         "images",
         "Default: as a checkpoint's training had them, else as timm's configuration of the model or torchvision's of\n"
         "its --pretrained weights says. Any other torchvision model: resized to 256, crop of 224, bilinear.",
     )
-    images.add_argument("--size", type=_integer(8), metavar="PX", help="side of the model's input")
+    images.add_argument("--size", type=integer(8), metavar="PX", help="side of the model's input")
     images.add_argument("--test-size", action="store_true", help="size and crop of timm's tables, where it has two")
     images.add_argument("--crop-ratio", type=float, metavar="R", help="crop over resized side of its accuracy")
     images.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="of the resize of its accuracy")
@@ -85,14 +95,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("measurement")
     names = f"{', '.join(NAMES)} (default: {' '.join(DEFAULT)})"
     how.add_argument("--protocols", nargs="+", choices=NAMES, default=DEFAULT, metavar="NAME", help=names)
-    how.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="of random shifts (default: %(default)s)")
-    how.add_argument("--batch-size", type=_integer(1), metavar="N", help="default: 16 on a CPU, 256 on a GPU")
-    how.add_argument("--workers", type=_integer(0), metavar="N", help="processes that load images")
+    how.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of random shifts (default: %(default)s)")
+    how.add_argument("--batch-size", type=integer(1), metavar="N", help="default: 16 on a CPU, 256 on a GPU")
+    how.add_argument("--workers", type=integer(0), metavar="N", help="processes that load images")
     how.add_argument("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
     how.add_argument("--amp", choices=("bfloat16", "float16"), help="autocast to this dtype")
     how.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="default: on a CPU and with --amp")
     out = parser.add_argument_group("results")
-    out.add_argument("--output", metavar="DIR", default="outputs", help="folder for the results (%(default)s)")
+    add_output_folder(out, "the results")
     out.add_argument("--json", action="store_true", help="print the records as JSON instead of the table")
 
 
@@ -111,12 +121,11 @@ def run(options: argparse.Namespace) -> None:
     if options.calibrate is not None and not options.convert:
         raise ValueError("--calibrate needs --convert")
     for path in (options.data if not options.dataset else None, options.class_map, options.calibrate):
-        if path is not None and not Path(path).exists():
-            raise FileNotFoundError(f"{path} does not exist")
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
+        if path is not None:
+            existing(path)
+    folder = writable_folder(options.output)
     path = folder / RECORDS
-    if not os.access(path if path.exists() else folder, os.W_OK) or path.is_dir():
+    if path.is_dir() or path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"cannot write {path}")
 
     import torch
@@ -129,6 +138,7 @@ def run(options: argparse.Namespace) -> None:
     from mixpool.evaluation.runner import usable_device
     from mixpool.evaluation.table import table_text
 
+    records.code()  # that of the start, whatever is edited while the models are measured
     device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     images = open_images(
         options.data or "",
@@ -141,7 +151,7 @@ def run(options: argparse.Namespace) -> None:
     models = [entry for name, file in specs for entry in _load(name, file, options)]
     if len({entry.label for entry in models}) < len(models):  # files of one name in different folders
         models = [entry._replace(label=f"{entry.label} ({entry.about['checkpoint']})") for entry in models]
-    call = f"{datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')} {os.getpid()}"
+    call = f"{datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')} {os.getpid()}"
     found, first = [], None
     for label, model, wanted, about in models:
         result = evaluate(
@@ -156,12 +166,12 @@ def run(options: argparse.Namespace) -> None:
             channels_last=options.channels_last,
             seed=options.seed,
             on_error=options.on_error,
-            track=_progress(label),
+            track=progress(label),
         )
-        _report_failures(result.failed)
+        say_failures(result.failed)
         for note in result.notes:
-            _say(f"{label}: {note}")
-        _say(f"{label}: {result.num_images} images, {result.speed.frames_per_second:.1f} crops per second")
+            say(f"{label}: {note}")
+        say(f"{label}: {result.num_images} images, {result.speed.frames_per_second:.1f} crops per second")
         fields: dict[str, Any] = {"model": label, **about, "dataset": images.origin, "split": options.split}
         if first is None:
             first = (label, result)
@@ -169,7 +179,7 @@ def run(options: argparse.Namespace) -> None:
             try:
                 fields |= {"difference": difference_record(first[1], result), "difference_to": first[0]}
             except ValueError as error:  # inputs of another size; the numbers of this model are good all the same
-                _say(f"{label}: no difference to {first[0]}: {error}")
+                say(f"{label}: no difference to {first[0]}: {error}")
         found.append(result.as_record(**fields, call=call))
         records.append(path, found[-1])
     figures = write_figures(found, folder, _free_prefix(folder))
@@ -244,7 +254,7 @@ def _load(name: str, file: str | None, options: argparse.Namespace) -> list[_Ent
     if options.convert:
         twin = copy.deepcopy(model)
         report = convert(twin, images=_calibration_images(wanted, options))
-        _say("\n".join(str(report).splitlines()[:2]))
+        say("\n".join(str(report).splitlines()[:2]))
         about = about | _stems_of(twin) | {"calibrated_on": options.calibrate}
         entries.append(_Entry(f"{label} + mixpool", twin, wanted, about))
     return entries
@@ -268,30 +278,28 @@ def _tell_what_was_taken(
 ) -> None:
     """What was chosen without being asked for."""
     if checkpoint is None and not options.pretrained:
-        _say(f"note: {name} has random weights; give {name}=FILE or --pretrained for trained ones")
+        say(f"note: {name} has random weights; give {name}=FILE or --pretrained for trained ones")
     if checkpoint is not None and checkpoint.is_average:
-        _say(f"{label}: took the moving average of the weights (--no-ema for the weights themselves)")
+        say(f"{label}: took the moving average of the weights (--no-ema for the weights themselves)")
     elif checkpoint is not None and checkpoint.has_average:
-        _say(f"{label}: took the weights, not their moving average")
+        say(f"{label}: took the weights, not their moving average")
     if checkpoint is not None and checkpoint.arch is not None and not checkpoint.is_of(name):
-        _say(f"warning: {label}: the checkpoint is of {checkpoint.arch}")
+        say(f"warning: {label}: the checkpoint is of {checkpoint.arch}")
     if checkpoint is not None and checkpoint.is_of(name):
         built, arguments = checkpoint.built_as(name)
         given = ", ".join(f"{key}={value}" for key, value in arguments.items() if key != "num_classes")
         if given or built != name:
-            _say(f"{label}: built as in its training: {built}{' with ' if given else ''}{given}")
+            say(f"{label}: built as in its training: {built}{' with ' if given else ''}{given}")
     about = f"{wanted.size} px, crop ratio {wanted.crop_ratio:.4g}, {wanted.interpolation}"
     if checkpoint is not None and checkpoint.settings is not None:
         mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (wanted.mean, wanted.std))
-        _say(f"{label}: images as in its training: {about}, mean {mean}, std {std}")
+        say(f"{label}: images as in its training: {about}, mean {mean}, std {std}")
     elif not hasattr(model, "pretrained_cfg") and options.size is None and options.crop_ratio is None:
-        _say(f"note: {name} does not say how its images have to be; taken: {about} (see --size, --crop-ratio, --mean)")
+        say(f"note: {name} does not say how its images have to be; taken: {about} (see --size, --crop-ratio, --mean)")
 
 
 def _input_of(model: nn.Module, options: argparse.Namespace, checkpoint: Checkpoint | None) -> ModelInput:
     """As the training had its images, or as the model says, but where the options say otherwise."""
-    import dataclasses
-
     from mixpool.evaluation.model_input import find_model_input
 
     settings = None if checkpoint is None else checkpoint.settings
@@ -309,55 +317,15 @@ def _input_of(model: nn.Module, options: argparse.Namespace, checkpoint: Checkpo
 def _calibration_images(wanted: ModelInput, options: argparse.Namespace) -> Tensor | None:
     if options.calibrate is None:
         return None
-    from mixpool.evaluation.photos import load_images, normalize
+    from mixpool.evaluation.photos import normalize
 
-    photos = load_images(options.calibrate, wanted.size, 100, crop_ratio=min(1.0, wanted.crop_ratio))
-    _report_failures(photos.failed)
+    photos = folder_photos(options.calibrate, CALIBRATION_IMAGES, wanted.size, wanted.crop_ratio)
     return normalize(photos.images, wanted.mean, wanted.std)
 
 
 def _sha256(file: str) -> str:
-    import hashlib
-
     digest = hashlib.sha256()
     with open(file, "rb") as opened:
         while block := opened.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-# --- the terminal -----------------------------------------------------------------------------------------------------
-
-
-def _report_failures(failed: Iterable[tuple[str, str]]) -> None:
-    failed = list(failed)
-    for name, reason in failed[:SHOWN_FAILURES]:
-        _say(f"warning: left out {name}: {reason}")
-    if failed:
-        _say(f"warning: {len(failed)} image(s) left out" + ("; all are in the record" if len(failed) > 10 else ""))
-
-
-def _say(text: str) -> None:
-    print("\n".join(f"mixpool: {line}" for line in text.splitlines()), file=sys.stderr)
-
-
-def _progress(description: str) -> Callable[[Iterable, int | None], Iterable]:
-    """A progress bar on stderr; silent where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-
-    def wrap(steps: Iterable, total: int | None) -> Iterable:
-        return track(steps, description, total, console=console, transient=True, disable=not console.is_terminal)
-
-    return wrap
-
-
-def _integer(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse

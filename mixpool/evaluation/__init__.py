@@ -1,9 +1,12 @@
 """The evaluation of classifiers under shifts, from the image to the figure; `evaluate` runs it.
 
-views        from a photo to a square of bytes, and what input a model wants
+dataset      labelled images through timm's readers; photos, the user's own
+model_input  what input a model wants
+views        from a photo to a square of bytes
 protocols    which crops of an image a model sees, and what is taken from its outputs
-loader       these crops, made by workers
+loader       their bytes, made by workers; runner, the model that sees them
+shifts       what moves, and how much a stem's output then changes
 stem_change  how much the output of the stem alone moves
 result       values per image, their means with intervals, paired differences, the record
-table, plots records side by side, for people
+table, plots records side by side, for people; demo, demo_plot, the demonstration
 """

@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from mixpool.evaluation.photos import SUFFIXES, UnreadableImage
+from mixpool.evaluation.photos import SUFFIXES, UnreadableImage, short, with_eight_bits
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -225,7 +225,7 @@ def open_images(
     try:
         found = create_dataset(dataset, root=str(root), split=split, class_map=names, **length)
     except (Exception, SystemExit) as error:  # assertions, import errors, the hubs' own kinds
-        raise ValueError(f"cannot open {dataset or root} ({type(error).__name__}: {_short(error)})") from error
+        raise ValueError(f"cannot open {dataset or root} ({type(error).__name__}: {short(error)})") from error
     reader = getattr(found, "reader", None)
     classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     classes = classes or getattr(found, "class_to_idx", None) or {}
@@ -291,7 +291,7 @@ def _damage_named(name: str) -> Iterator[None]:
     except UnreadableImage:
         raise
     except (*_DAMAGED, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{type(error).__name__}: {_short(error)}") from error
+        raise UnreadableImage(f"{type(error).__name__}: {short(error)}") from error
 
 
 def _open(reader: Any, index: int) -> tuple[Any, Any]:
@@ -318,9 +318,7 @@ def _decode(file: Any) -> Image.Image:
 def _as_rgb(image: Image.Image) -> Image.Image:
     if not hasattr(image, "convert"):
         raise UnreadableImage(f"expected a PIL image, got {type(image).__name__}")
-    if image.mode.startswith(("I", "F")):  # Pillow would clip these to white instead of scaling them
-        raise UnreadableImage(f"more than 8 bits per pixel (mode {image.mode}): convert it to 8 bits first")
-    return image.convert("RGB")
+    return with_eight_bits(image).convert("RGB")
 
 
 def _class_number(label: Any) -> int:
@@ -374,7 +372,3 @@ def _left_out(reader: Any, names: Mapping[str, int] | None) -> list[Failure]:
         elif suffix not in known and suffix in SUFFIXES:
             failures.append((path, f"timm's readers take no {suffix} files"))
     return failures
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

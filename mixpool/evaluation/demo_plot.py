@@ -18,6 +18,7 @@ from mixpool.figures import (
     blank_figure,
     image_axes,
     inch_axes,
+    plain_axes,
 )
 from mixpool.selection.plot import filter_tiles
 
@@ -100,23 +101,11 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[float]], shifts: Sequ
     for name, curve in curves.items():
         color = fixed.get(name) or next(others)
         width = 2.6 if name == "mixpool" else 1.5
-        axes.plot(
-            [0, *shifts],
-            [0, *curve],
-            color=color,
-            lw=width,
-            marker=next(markers, "o"),
-            ms=3.8,
-            label=name,
-            clip_on=False,
-        )
+        style = {"color": color, "lw": width, "marker": next(markers, "o"), "ms": 3.8, "clip_on": False}
+        axes.plot([0, *shifts], [0, *curve], label=name, **style)
     axes.set(xlim=(0, max(shifts) + 0.15), ylim=(0, None), xticks=[0, *shifts])
     axes.set_xlabel("shift (px)", size=9.5, labelpad=2)
     axes.set_title(f"change, mean of {num_swapped} channels", size=10, pad=18, **TEXT)
     axes.text(0.5, 1.025, "rms change / std, all photos", transform=axes.transAxes, ha="center", size=8.5, color=MUTED)
-    axes.tick_params(labelsize=8.5, length=2, color=MUTED)
-    axes.grid(axis="y", color="#E4E4E4", lw=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plain_axes(axes)
     axes.legend(loc="lower right", fontsize=9, frameon=False, labelspacing=0.35, borderaxespad=0.1, handlelength=1.6)

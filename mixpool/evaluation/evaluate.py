@@ -6,11 +6,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mixpool import records
 from mixpool.evaluation.dataset import Failure, Images, Stream, check_classes
 from mixpool.evaluation.loader import Batch, batches
 from mixpool.evaluation.model_input import ModelInput, find_model_input
@@ -68,7 +70,7 @@ def evaluate(
             image cannot be used (with on_error="raise"; with "skip", none can).
     Example:
         >>> import torchvision
-        >>> from mixpool.evaluate import evaluate
+        >>> from mixpool.evaluation.evaluate import evaluate
         >>> data = torchvision.datasets.FakeData(4, (3, 64, 64), 10)
         >>> net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
         >>> evaluate(net, data, protocols=["circular"], workers=0).num_images
@@ -84,6 +86,7 @@ def evaluate(
         name: StemFrames(wanted.size) if name == "stem" else PROTOCOLS[name](wanted)
         for name in dict.fromkeys(protocols)
     }
+    records.code()  # that of the start, for `as_record`
     with at_work(model, device) as where:
         runner = Runner(model, wanted, where, amp, channels_last)
         num_classes = runner.probe()
@@ -141,13 +144,8 @@ def evaluate(
         notes=tuple(notes),
         settings={
             "protocols": list(plan),
-            "size": wanted.size,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(wanted).items()},
             "margin": margin(wanted.size),
-            "crop_ratio": wanted.crop_ratio,
-            "interpolation": wanted.interpolation,
-            "crop_mode": wanted.crop_mode,
-            "mean": list(wanted.mean),
-            "std": list(wanted.std),
             "num_classes": num_classes,
             "seed": seed,
             "batch_size": batch_size,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mixpool.evaluation.dataset import Failure, Images, Stream
-from mixpool.evaluation.photos import UnreadableImage
+from mixpool.evaluation.photos import UnreadableImage, short
 from mixpool.evaluation.protocols import Place
 from mixpool.evaluation.views import OwnView, SquareView
 
@@ -96,7 +96,7 @@ def _prepared(image: Image.Image, views: Sequence[View]) -> tuple[int, list[np.n
     try:
         return zlib.crc32(np.asarray(image)), [view(image) for view in views]
     except Exception as error:  # of one picture among thousands, whatever it is: it should be known by its name
-        raise UnreadableImage(f"cannot be cropped: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise UnreadableImage(f"cannot be cropped: {type(error).__name__}: {short(error)}") from error
 
 
 class _Collate:

@@ -71,8 +71,8 @@ def flip_probability(predictions: Tensor, step: int) -> Tensor:
 
     Its mean over images is the flip probability of Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to
     Common Corruptions and Perturbations", 2019, arXiv 1903.12261, between frames at a fixed distance (not to the first
-    frame), and is what the code of Leterme et al. calls mFR; in percent, lower is better. No baseline divides it: for
-    that see `mean_flip_rate`.
+    frame), and is what the code of Leterme et al. calls mFR; in percent, lower is better. No baseline
+    divides it, as AlexNet's does in ImageNet-P's mFR.
 
     Args:
         predictions: (N, T) predicted classes, frame by frame.
@@ -107,18 +107,6 @@ def kl_divergence(reference: Tensor, moved: Tensor) -> Tensor:
 
 
 # --- over images ------------------------------------------------------------------------------------------------------
-
-
-def mean_flip_rate(flips: Tensor, baseline: Tensor) -> Tensor:
-    """Mean over steps of the flip probability divided by a named baseline's, as ImageNet-P's mFR divides by AlexNet's.
-
-    Args:
-        flips, baseline: (steps,) mean flip probabilities of a model and of the baseline, at the same steps.
-    Returns:
-        A scalar; 1 is the baseline.
-    """
-    _check_same(flips, baseline)
-    return (flips / baseline).mean()
 
 
 def resampled_means(values: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:

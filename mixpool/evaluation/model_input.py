@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from mixpool.evaluation.photos import IMAGENET_MEAN, IMAGENET_STD
 
-if TYPE_CHECKING:
-    pass
-
-
 MAX_CROP_RATIO = 2  # the largest of timm's is 1.15; 87.5, meant as percent, is refused
-
-
 SETTINGS = ("input_size", "img_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 

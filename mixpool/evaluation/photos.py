@@ -131,15 +131,25 @@ class UnreadableImage(ValueError):
     """A file is no image, or is damaged."""
 
 
+def with_eight_bits(image: Image.Image) -> Image.Image:
+    """The picture itself; UnreadableImage if it has more than 8 bits per pixel."""
+    if image.mode.startswith(("I", "F")):  # Pillow would clip these to white instead of scaling them
+        raise UnreadableImage(f"more than 8 bits per pixel (mode {image.mode}): convert it to 8 bits first")
+    return image
+
+
+def short(error: BaseException) -> str:
+    """What an error says, as part of a message: on one line, and not without end."""
+    return " ".join(str(error).split())[:300]
+
+
 def _load(path: Path, short_side: int, size: int) -> tuple[Tensor, bool]:
     """(3, size, size) in [0, 1]: upright, RGB, shorter side resized, centre cropped; and whether it was enlarged."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):  # Pillow would clip these to white instead of scaling them
-                raise UnreadableImage(f"more than 8 bits per pixel (mode {file.mode}): convert it to 8 bits first")
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = ImageOps.exif_transpose(with_eight_bits(file)).convert("RGB")
     except UnreadableImage:
         raise
     # Pillow's decoders raise all of these on damaged files, SyntaxError included (broken PNG chunks).

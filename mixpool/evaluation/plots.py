@@ -11,7 +11,17 @@ from matplotlib.figure import Figure
 
 from mixpool.evaluation.result import METRICS
 from mixpool.evaluation.shifts import DIRECTIONS
-from mixpool.figures import MAX_COLOR, MODULUS_COLOR, MUTED, OTHER_COLORS, TEXT, blank_figure, inch_axes, save_figure
+from mixpool.figures import (
+    MAX_COLOR,
+    MODULUS_COLOR,
+    MUTED,
+    OTHER_COLORS,
+    TEXT,
+    blank_figure,
+    inch_axes,
+    plain_axes,
+    save_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,8 +112,4 @@ def _style(axes: Axes, direction: str, shifts: Sequence[str]) -> None:
     axes.set(xlim=(0, last * 1.02), xticks=range(int(last) + 1))
     axes.set_title(DIRECTION_NAMES[direction], size=10, pad=5, **TEXT)
     axes.set_xlabel("shift (px)", size=9.5, labelpad=2)
-    axes.tick_params(labelsize=8.5, length=2, color=MUTED)
-    axes.grid(axis="y", color="#E4E4E4", lw=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plain_axes(axes)

@@ -9,30 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from mixpool.evaluation.model_input import ModelInput
+from mixpool.evaluation.photos import short
+from mixpool.selection.images import evaluating
 
 
 @contextlib.contextmanager
 def at_work(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
     """The model in evaluation mode on the device, default where it is, and afterwards as it was.
 
+    Not in inference_mode: what a model caches in it could never be used in training again.
+
     Raises:
         ValueError: there is no such device here.
     """
-    modes = {module: module.training for module in model.modules()}
     home = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     where = home if device is None else usable_device(device)
     try:
-        model.eval()
         if where != home:
             model.to(where)
-        # Not inference_mode: what a model caches in it could never be used in training again.
-        with torch.no_grad():
+        with evaluating(model):
             yield where
     finally:
         if where != home:
             model.to(home)
-        for module, training in modes.items():
-            module.training = training
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -45,7 +44,7 @@ def usable_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.zeros(1, device=found).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own way to be absent
-        raise ValueError(f"cannot use the device {str(device)!r}: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"cannot use the device {str(device)!r}: {short(error)}") from error
     return found
 
 
@@ -78,7 +77,7 @@ class Runner:
             logits = self.run(self.model, gray, is_normalized=True)
         except RuntimeError as error:
             shape = tuple(gray.shape)
-            raise ValueError(f"the model does not run on images {shape}: {' '.join(str(error).split())}") from error
+            raise ValueError(f"the model does not run on images {shape}: {short(error)}") from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
             what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"expected a model that returns logits (N, classes), got {what} for one image")

@@ -1,6 +1,6 @@
 """How much a model's stem changes when its input moves, on the frames of the flips: `evaluation.shifts` over a dataset.
 
-`stability.relative_change` wants all feature maps at once. Its three means, over images and positions, are taken here
+`shifts.relative_change` wants all feature maps at once. Its three means, over images and positions, are taken here
 from sums per image, so that a dataset of any size fits and the bootstrap can draw images.
 
 Legend: N images, D = 3 directions, K = 8 shifts, C channels, S bootstrap draws.
@@ -8,8 +8,7 @@ Legend: N images, D = 3 directions, K = 8 shifts, C channels, S bootstrap draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +16,14 @@ from torch import Tensor, nn
 from mixpool.conversion.find import StemError, find_stem
 from mixpool.conversion.stock import converted_stems, unwrapped
 from mixpool.evaluation.metrics import Interval, percentile_ends, resampled_means
-from mixpool.evaluation.protocols import Flips, Place, SquareView
+from mixpool.evaluation.protocols import Flips
 from mixpool.evaluation.shifts import BORDER, DIRECTIONS
 
 MAX_IMAGES = 1000  # of a dataset, evenly spread: the interval is then narrow enough, and the sums stay small
 
 
-@dataclass(frozen=True)
-class StemFrames:
+class StemFrames(Flips):
     """The protocol of the stem's change: the frames of `Flips`, whose outputs are the stem's maps and no logits."""
-
-    size: int
-    is_normalized = True
-
-    @property
-    def view(self) -> SquareView:
-        return Flips(self.size).view
-
-    @property
-    def num_frames(self) -> int:
-        return Flips(self.size).num_frames
-
-    def frames(self, images: Tensor, places: Sequence[Place], seed: int) -> Iterator[Tensor]:
-        return Flips(self.size).frames(images, places, seed)
 
     def measure(self, outputs: Iterator[Tensor], labels: Tensor) -> dict[str, Tensor]:
         """Means over the positions of each map, those at its border left out.

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EXIT_USER_ERROR = 2
 HELP = """usage: python -m mixpool.timm_models SCRIPT [ARGUMENTS ...]
 
 Run a Python script, as one of timm's repository, with the mixpool_* models registered. What follows SCRIPT is the
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else EXIT_USER_ERROR
+        return 0 if arguments else 2
     script = Path(arguments[0])
     if arguments[0].startswith("-"):
         return _refuse(f"expected a script before the option {arguments[0]} (see --help)")
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse(message: str) -> int:
     print(f"mixpool.timm_models: error: {message}", file=sys.stderr)
-    return EXIT_USER_ERROR
+    return 2
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
-from mixpool.evaluation.photos import IMAGENET_MEAN, IMAGENET_STD
+from mixpool.conversion.convert import convert
+from mixpool.conversion.stock import converted_stems
 
 TORCHVISION = "torchvision/"
 HUBS = ("hf_hub:", "hf-hub:", "local-dir:")
@@ -23,16 +25,6 @@ AVERAGES, STATES = ("state_dict_ema", "model_ema"), ("state_dict", "model")
 # others of its options (dropout and the like) change nothing in evaluation.
 BUILT_WITH = {"num_classes": "num_classes", "in_chans": "in_chans", "gp": "global_pool", "bn_eps": "bn_eps"}
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-
-
-@dataclass(frozen=True)
-class InputSettings:
-    """How a model wants its images: side of the crop in pixels, crop over resized shorter side, mean and std."""
-
-    size: int = 224
-    crop_ratio: float = 0.875
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -79,6 +71,11 @@ class Checkpoint:
         return self.arch if self.arch.startswith("mixpool_") else name, arguments | (settings.get("model_kwargs") or {})
 
 
+def is_timm_model(name: str) -> bool:
+    """Whether timm builds a model of this name; one that torchvision knows too is timm's unless it says otherwise."""
+    return name.startswith(HUBS) or (not name.startswith(TORCHVISION) and timm.is_model(name))
+
+
 def create_model(name: str, *, pretrained: bool = False, num_classes: int | None = None, **arguments: Any) -> nn.Module:
     """A model in evaluation mode, by its timm name, by `torchvision/NAME`, or by a name that only torchvision knows.
 
@@ -90,15 +87,11 @@ def create_model(name: str, *, pretrained: bool = False, num_classes: int | None
     Raises:
         ValueError: no such model, or its pretrained weights cannot be had.
     """
-    import timm
     from torchvision import models
 
     options: dict[str, Any] = dict(arguments) if num_classes is None else {**arguments, "num_classes": num_classes}
     bare = name.removeprefix(TORCHVISION)
-    is_hub = name.startswith(HUBS)
-    if name.startswith("mixpool_") or is_hub:
-        import mixpool.timm_models  # noqa: F401  puts its models into timm's registry
-    if not name.startswith(TORCHVISION) and (is_hub or timm.is_model(name)):
+    if is_timm_model(name):
         build = timm.create_model
         options["pretrained"] = pretrained
     elif bare in models.list_models(module=models):
@@ -117,10 +110,10 @@ def create_model(name: str, *, pretrained: bool = False, num_classes: int | None
     except Exception as error:  # the hubs raise many kinds for a missing network, file or weight
         if pretrained:
             raise ValueError(
-                f"cannot get the pretrained weights of {name!r} ({_one_line(error)}); "
+                f"cannot get the pretrained weights of {name!r} ({one_line(error)}); "
                 "without a network, download them elsewhere and give --checkpoint FILE"
             ) from error
-        raise ValueError(f"cannot build {name!r}: {_one_line(error)}") from error
+        raise ValueError(f"cannot build {name!r}: {one_line(error)}") from error
     if options.get("weights") is not None:
         model.pretrained_cfg = _torchvision_config(options["weights"].transforms())
     return model
@@ -148,9 +141,6 @@ def load_model(
         FileNotFoundError: no such file.
         ValueError: no such model, or the file does not fit it.
     """
-    from mixpool.conversion.convert import convert
-    from mixpool.conversion.stock import converted_stems
-
     if file is None:
         return create_model(name, pretrained=pretrained, num_classes=num_classes)
     checkpoint = file if isinstance(file, Checkpoint) else read_checkpoint(file, use_ema=use_ema)
@@ -169,16 +159,6 @@ def load_model(
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{checkpoint.path} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
     return model.eval()
-
-
-def input_settings(model: nn.Module) -> InputSettings:
-    """What timm's configuration of the model says; ImageNet's usual settings for a torchvision model."""
-    if not hasattr(model, "pretrained_cfg") and not hasattr(model, "default_cfg"):
-        return InputSettings()
-    from timm.data import resolve_model_data_config
-
-    config = resolve_model_data_config(model)
-    return InputSettings(max(config["input_size"][1:]), config["crop_pct"], tuple(config["mean"]), tuple(config["std"]))
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = True) -> Checkpoint:
@@ -222,11 +202,6 @@ def _load_stock(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict({**expected, **state})
 
 
-def read_state(path: str | Path, *, use_ema: bool = True) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file, as `read_checkpoint` finds it."""
-    return read_checkpoint(path, use_ema=use_ema).state
-
-
 def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> Checkpoint:
     """What a file of weights holds; see `load_checkpoint`.
 
@@ -248,7 +223,7 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> Checkpoint:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise anything from EOFError to SafetensorError
-        raise ValueError(f"cannot read the checkpoint {path}: {_one_line(error)}") from error
+        raise ValueError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
     entries = content if isinstance(content, Mapping) else {}
     present = [name for name in (*AVERAGES, *STATES) if isinstance(entries.get(name), Mapping)]
     taken = next((name for name in present if use_ema or name not in AVERAGES), None)
@@ -299,6 +274,7 @@ def _some_keys(keys: set[str], what: str) -> str:
     return f"{len(keys)} keys {what}" + (f" ({shown}{', ...' if len(keys) > 3 else ''})" if keys else "")
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """What kind of error it is and what it says, as part of a message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from mixpool.evaluation.photos import short
+from mixpool.selection.images import evaluating
+
 MIB = 2**20
 # Weights, gradients and what the optimizer keeps: none for plain SGD, two tensors for Adam and its relatives.
 MOMENTS = {"sgd": 1, "momentum": 1, "nesterov": 1, "lion": 1, "lars": 1, "rmsprop": 1}
@@ -22,16 +25,11 @@ def count_outputs(model: nn.Module, images: Tensor) -> int:
     Raises:
         ValueError: its output is no (N, classes) table of finite numbers.
     """
-    was_training = model.training
     try:
-        with torch.no_grad():
-            out = model.eval()(images)
+        with evaluating(model):
+            out = model(images)
     except RuntimeError as error:
-        raise ValueError(
-            f"the model cannot take images {tuple(images.shape)}: {' '.join(str(error).split())}"
-        ) from error
-    finally:
-        model.train(was_training)
+        raise ValueError(f"the model cannot take images {tuple(images.shape)}: {short(error)}") from error
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"expected a classifier, whose output is (N, classes), got {shape} for {tuple(images.shape)}")

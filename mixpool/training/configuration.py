@@ -15,13 +15,6 @@ from typing import Any
 
 from mixpool.training.options import GROUPS, OPTIONS, TIMM_ONLY, Option
 
-DESCRIPTION = """Train or fine-tune a model on timm's parts. The same command again continues a run that was cut;
-under torchrun it runs on several GPUs and nodes. The YAML file has timm's keys, and these options."""
-EXAMPLES = """examples:
-  mixpool train -c configs/imagenet_resnet34_finetune.yaml --data-dir imagenet --dry-run
-  mixpool train -c configs/cifar10_resnet18_30epochs.yaml --data-dir cifar10 --device cpu
-  torchrun --standalone --nproc_per_node=8 -m mixpool train -c configs/imagenet_resnet34_scratch.yaml"""
-
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a run: defaults, then the YAML file of `-c`, then the command line.
@@ -30,7 +23,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ValueError: an unknown key, or a value of the wrong kind; the message names the key and what was expected.
         FileNotFoundError: no such configuration.
     """
-    parser = _Parser(prog="mixpool train", allow_abbrev=False)
+    parser = Parser(prog="mixpool train", allow_abbrev=False)
     add_options(parser)
     return complete(vars(parser.parse_args(arguments)))
 
@@ -55,7 +48,9 @@ def complete(given: Mapping[str, Any]) -> argparse.Namespace:
     return argparse.Namespace(**settings)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Its errors are exceptions, as all others are; who has the terminal decides how to say them."""
+
     def error(self, message: str) -> None:
         raise ValueError(f"{message} (see {self.prog} --help)")
 

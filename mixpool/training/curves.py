@@ -33,11 +33,11 @@ def draw_curves(folder: Path, history: Sequence[dict[str, Any]], title: str) -> 
     from mixpool.figures import (
         MAX_COLOR,
         MODULUS_COLOR,
-        MUTED,
         OTHER_COLORS,
         TEXT,
         blank_figure,
         inch_axes,
+        plain_axes,
         save_figure,
     )
 
@@ -53,10 +53,7 @@ def draw_curves(folder: Path, history: Sequence[dict[str, Any]], title: str) -> 
         axes.set_title(quantity, size=10, **TEXT)
         axes.set_xlabel("epochs", size=9)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.tick_params(labelsize=8.5, length=2, color=MUTED)
-        axes.grid(axis="y", color="#E4E4E4", lw=0.7)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        plain_axes(axes)
         if number == 0:
             axes.legend(fontsize=8.5, frameon=False)
     save_figure(figure, folder / CURVES)

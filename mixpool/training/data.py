@@ -21,6 +21,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from mixpool.evaluation.dataset import Images
 from mixpool.evaluation.photos import UnreadableImage
 
+# Of the options, those that timm's transform has by the same names.
+AUGMENTATIONS = ("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip")
+AUGMENTATIONS += ("color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob")
 MODES = {1: "L", 3: "RGB"}  # Pillow's names of images with so many channels
 
 
@@ -159,16 +162,7 @@ def train_loader(images: Images | IterableDataset, options, data_config: dict[st
         data_config,
         options,
         is_training=True,
-        no_aug=options.no_aug,
-        train_crop_mode=options.train_crop_mode,
-        scale=options.scale,
-        ratio=options.ratio,
-        hflip=options.hflip,
-        vflip=options.vflip,
-        color_jitter=options.color_jitter,
-        color_jitter_prob=options.color_jitter_prob,
-        grayscale_prob=options.grayscale_prob,
-        gaussian_blur_prob=options.gaussian_blur_prob,
+        **{name: getattr(options, name) for name in AUGMENTATIONS},
         auto_augment=options.aa,
         interpolation=options.train_interpolation,
     )  # random erasing is done by the training loop, on whole batches

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from mixpool.selection.images import evaluating
 from mixpool.training import data
 from mixpool.training.run import Run
 
@@ -124,9 +125,7 @@ def validate(run: Run, *, ema: bool = False, limit: int = 0) -> dict[str, float]
     model = run.task.get_eval_model(ema=ema)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # whose forward is no collective: the processes may have different numbers of batches
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():  # not inference_mode: what a model caches in it could not be used in training again
+    with evaluating(model):
         for number, (images, labels) in enumerate(run.val_loader, start=1):
             images = images.to(run.device, non_blocking=True)
             if run.options.channels_last:
@@ -137,7 +136,6 @@ def validate(run: Run, *, ema: bool = False, limit: int = 0) -> dict[str, float]
             evaluator.update(out[is_read.to(out.device)], labels[is_read].to(run.device, non_blocking=True))
             if number == limit:
                 break
-    model.train(was_training)
     return dict(evaluator.compute(distributed=run.is_distributed))
 
 

@@ -7,15 +7,14 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from mixpool.conversion.convert import convert, revert
 from mixpool.conversion.stock import converted_stems
 from mixpool.evaluation.photos import IMAGENET_MEAN, IMAGENET_STD
-from mixpool.timm_models.loading import TORCHVISION, create_model, load_checkpoint, read_state
-
-MIXPOOL = "mixpool_"
+from mixpool.timm_models.loading import create_model, is_timm_model, load_checkpoint, one_line, read_checkpoint
 
 
 def build_model(options) -> nn.Module:
@@ -29,23 +28,13 @@ def build_model(options) -> nn.Module:
             importlib.import_module(name)
         except ImportError as error:
             raise ValueError(f"cannot import {name!r} of device_modules: {error}") from error
-    import timm
-
-    if options.model.startswith(MIXPOOL):
-        import mixpool.timm_models  # noqa: F401  registers them
-    is_hub = options.model.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
-    if is_hub or (timm.is_model(options.model) and not options.model.startswith(TORCHVISION)):
-        model = _timm_model(options)
-    else:
-        model = _torchvision_model(options)
+    model = _timm_model(options) if is_timm_model(options.model) else _torchvision_model(options)
     if not hasattr(model, "pretrained_cfg"):  # timm's tasks ask the models they compare how their inputs are scaled
         model.pretrained_cfg = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": (3, 224, 224)}
     return model.train()
 
 
 def _timm_model(options) -> nn.Module:
-    import timm
-
     arguments = {
         "in_chans": options.in_chans,
         "num_classes": options.num_classes,
@@ -72,16 +61,14 @@ def _timm_model(options) -> nn.Module:
         )
     except Exception as error:  # hubs, files and constructors each raise their own
         hint = "; without a network, give the weights by --pretrained-path FILE" if options.pretrained else ""
-        raise ValueError(f"cannot build {options.model!r}: {_one_line(error)}{hint}") from error
+        raise ValueError(f"cannot build {options.model!r}: {one_line(error)}{hint}") from error
 
 
 def _classes_in(path: str, name: str) -> int:
     """The number of classes that a file of weights is for; ValueError if it has no classifier of that model."""
-    import timm
-
     classifier = timm.models.get_pretrained_cfg(name).classifier
     names = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
-    state = read_state(path)
+    state = read_checkpoint(path).state
     found = [state[f"{layer}.weight"].shape[0] for layer in names if f"{layer}.weight" in state]
     if not found:
         raise ValueError(f"expected weights of {name!r} in {path}, found none of its classifier ({classifier})")
@@ -90,8 +77,6 @@ def _classes_in(path: str, name: str) -> int:
 
 def _published_classes(options) -> int | None:
     """The number of classes of the weights that a run starts from; None if only they themselves know."""
-    import timm
-
     if options.pretrained_path is not None:
         return _classes_in(options.pretrained_path, options.model)
     if options.initial_checkpoint or not timm.is_model(options.model):
@@ -200,7 +185,3 @@ def build_task(model: nn.Module, teacher: nn.Module | None, options, device: tor
         device=device,
         verbose=False,
     )
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from mixpool.evaluation.dataset import STREAMS, Images, open_images, read_class_map
+from mixpool.evaluation.photos import short
 
 FEW = 3  # names that a message shows
 
@@ -66,8 +67,7 @@ def _stream(options, split: str, is_training: bool) -> IterableDataset:
             seed=options.seed,
         )
     except (Exception, SystemExit) as error:  # each reader has its own way to say that it found nothing
-        text = " ".join(str(error).split())
-        raise ValueError(f"cannot open the split {split!r} of {options.dataset}: {text}") from error
+        raise ValueError(f"cannot open the split {split!r} of {options.dataset}: {short(error)}") from error
 
 
 def classes_of(images: Any) -> dict[str, int] | None:

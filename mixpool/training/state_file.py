@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mixpool.evaluation.photos import short
+
 LAST = "last.pth.tar"
 BEST = "model_best.pth.tar"
 
@@ -29,7 +31,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         os.replace(partial, path)
         _sync_folder(path.parent)
     except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"cannot write {path}: {' '.join(str(error).split())[:200]}") from error
+        raise OSError(f"cannot write {path}: {short(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -55,7 +57,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise anything from EOFError to UnpicklingError
-        raise ValueError(f"cannot read the checkpoint {path}: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"cannot read the checkpoint {path}: {short(error)}") from error
     if not isinstance(state, dict) or "run" not in state:
         raise ValueError(f"expected a checkpoint of mixpool train in {path}: it has no entry 'run'")
     return state

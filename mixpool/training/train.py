@@ -39,6 +39,7 @@ def train(options) -> dict[str, Any]:
     from timm.utils.distributed import init_distributed_device_so
 
     _check_timm()
+    records.code()  # that of the start, for the record at the end
     started_here = not torch.distributed.is_initialized()
     if not options.device.startswith("cuda"):  # to try GPU 0 would take memory there, for each of a node's processes
         usable_device(options.device)

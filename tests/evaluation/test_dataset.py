@@ -13,6 +13,8 @@ from mixpool.evaluation.loader import batches
 from mixpool.evaluation.protocols import SquareView
 
 VIEW = SquareView(16)
+
+
 CLASSES = ("ant", "bee", "cat")
 
 
@@ -55,6 +57,7 @@ def read_all(images, workers=0, batch_size=5):
 
 EXPECTED = [(10 * i, i // 4) for i in range(12)]
 
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -87,15 +90,6 @@ def test_archives_inside_an_archive(folder, tmp_path):
     ]
 
 
-def test_a_limit_spreads_over_the_whole(folder):
-    images = open_images(folder, limit=3)
-    assert read_all(images)[0] == [EXPECTED[2], EXPECTED[6], EXPECTED[10]]
-    assert images.num_found == 12
-    places = [place for batch in batches(images, [VIEW], 2, 0, False) for place in batch.places]
-    assert places == [(2, 0), (6, 1), (10, 2)]
-    assert len(open_images(folder, limit=99)) == 12
-
-
 def test_any_dataset_of_pictures():
     pairs = [(picture(10), 3), (picture(20), torch.tensor(4)), (torch.zeros(3, 4, 4), 1), (picture(30), [1, 2])]
     found, failed = read_all(Images(pairs))
@@ -107,12 +101,6 @@ def test_any_dataset_of_pictures():
 def test_torchvisions_own_folder(folder):
     images = open_images(folder / "val", dataset="torch/image_folder")
     assert images.num_classes == 3 and read_all(images) == (EXPECTED, [])
-
-
-def test_views_are_stored_channels_last(folder):
-    (batch,) = batches(open_images(folder), [VIEW, SquareView(8)], 16, 0, False)
-    assert [tuple(view.shape) for view in batch.views.values()] == [(12, 3, 16, 16), (12, 3, 8, 8)]
-    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views.values())
 
 
 # --- what cannot be read ----------------------------------------------------------------------------------------------

@@ -6,37 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import timm
 import torch
+from known_classifiers import ALL, PLAIN, SIZE, Lopsided, MeanColor, Parity, line, noise, run, small_model
 from PIL import Image
 from torch import nn
 
-from mixpool import convert, records
+from mixpool import convert
 from mixpool.evaluation.dataset import Images, Stream
 from mixpool.evaluation.evaluate import DEFAULT, evaluate
-from mixpool.evaluation.protocols import PROTOCOLS, Consistency, ModelInput, Place
-from mixpool.evaluation.result import METRICS, difference_record, paired_difference
-from mixpool.evaluation.shifts import change_curve
-from mixpool.evaluation.stem_change import find_stem_of
-
-SIZE = 32
-PLAIN = ModelInput(size=SIZE, crop_ratio=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
-
-
-class Parity(nn.Module):
-    """Class 0 if the bright column is an even one, 1 if it is odd."""
-
-    def forward(self, x):
-        columns = x.sum(dim=(1, 2))
-        return torch.stack([columns[:, ::2].sum(dim=1), columns[:, 1::2].sum(dim=1)], dim=1)
-
-
-class MeanColor(nn.Module):
-    """Logits from the mean of the picture alone, which no circular shift changes."""
-
-    def forward(self, x):
-        means = x.double().mean(dim=(2, 3)).float()
-        return means @ torch.tensor([[3.0, 0.1, -2], [-1, 2, 0.3], [0.4, -1, 1.5]])
+from mixpool.evaluation.protocols import Consistency, ModelInput, Place
+from mixpool.evaluation.result import METRICS, paired_difference
 
 
 class OnePixel(nn.Module):
@@ -44,23 +23,6 @@ class OnePixel(nn.Module):
 
     def forward(self, x):
         return torch.stack([x[:, 0, 16, 16], torch.zeros(len(x), device=x.device)], dim=1)
-
-
-def line(column, side):
-    """A black square with one bright column; none for None."""
-    pixels = np.zeros((side, side, 3), dtype=np.uint8)
-    if column is not None:
-        pixels[:, column] = 255
-    return Image.fromarray(pixels)
-
-
-def noise(count, side=64):
-    return [(Image.fromarray(np.uint8(torch.randint(256, (side, side, 3)))), i % 2) for i in range(count)]
-
-
-def run(model, images, *protocols, **options):
-    options = {"model_input": PLAIN, "workers": 0, **options}
-    return evaluate(model, images, protocols=protocols, **options)
 
 
 # --- known answers ----------------------------------------------------------------------------------------------------
@@ -152,41 +114,7 @@ def test_accuracy_of_known_labels():
     assert low == 25 and high == 100
 
 
-def test_the_stems_change_is_that_of_stability():
-    model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6))
-    for channel in (0, 1):
-        model[1].bias.data[channel] = 2.0 * channel
-    model.eval()
-    images = noise(6, 72)
-    wanted = ModelInput(size=64)
-    result = run(model, images, "stem", model_input=wanted, batch_size=4)
-    # The first frame is the corner: cut so that it is the centre of a crop with a margin of 8 on the other side alone.
-    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image, _ in images]).float() / 255
-    pixels = (pixels - torch.tensor(wanted.mean)[:, None, None]) / torch.tensor(wanted.std)[:, None, None]
-    padded = torch.nn.functional.pad(pixels, (8, 0, 8, 0))
-    for direction, curve in result.summary()["stem_change"].items():
-        expected = change_curve(model[:4], padded, 64, range(1, 9), direction).nanmean(dim=1)
-        assert list(curve.values()) == pytest.approx(expected.tolist(), rel=1e-4)
-    low, high = result.as_record()["ci95"]["stem_change"]["horizontal"]["1"]
-    assert low < result.summary()["stem_change"]["horizontal"]["1"] < high
-    assert result.speed.num_frames == 0
-
-
-def _head(channels):
-    return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 2)
-
-
 # --- independence -----------------------------------------------------------------------------------------------------
-
-ALL = tuple(PROTOCOLS)
-
-
-class Lopsided(MeanColor):
-    """A model whose answers change with every shift."""
-
-    def forward(self, x):
-        ramp = torch.linspace(-4, 4, x.shape[-1])
-        return super().forward(torch.sin(8 * x * ramp + 3 * ramp[:, None])) * 30
 
 
 def test_results_do_not_depend_on_batch_size_and_workers():
@@ -220,31 +148,8 @@ def test_a_stream_gives_what_a_dataset_gives():
 # --- the model comes back as it was -----------------------------------------------------------------------------------
 
 
-def small_model():
-    return timm.create_model("resnet10t", num_classes=2)
-
-
-def test_modes_and_weights_stay():
-    model = small_model().train()
-    model.layer2.eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    modes = [module.training for module in model.modules()]
-    run(model, noise(3), "accuracy", model_input=ModelInput(size=64), channels_last=True)
-    assert [module.training for module in model.modules()] == modes and False in modes
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert next(model.parameters()).is_contiguous() and torch.is_grad_enabled()
-    model(torch.rand(2, 3, 64, 64)).sum().backward()
-
-
-def test_modes_stay_when_something_fails():
-    model = small_model().train()
-    with pytest.raises(ValueError, match="label 7"):
-        run(model, [(line(1, 64), 7)], "accuracy", model_input=ModelInput(size=64))
-    assert model.training and torch.is_grad_enabled()
-
-
 def test_stock_and_converted_models_on_all_protocols_of_the_default():
-    model = timm.create_model("resnet18", num_classes=4).eval()
+    model = small_model().eval()
     images = [(image, label) for image, label in noise(3)]
     stock = run(model, images, *DEFAULT, model_input=ModelInput(size=64))
     convert(model, select="all")
@@ -257,36 +162,6 @@ def test_stock_and_converted_models_on_all_protocols_of_the_default():
     assert 0 < changes[1] < changes[0]
     difference = paired_difference(stock, mixed)["stem_change"]
     assert difference.mean[0, 0].item() == pytest.approx(changes[1] - changes[0]) and difference.high[0, 0] < 0
-
-
-def test_the_stem_function_is_the_models():
-    model = timm.create_model("densenet121", num_classes=2).eval()  # its norm layer holds the activation
-    x = torch.randn(1, 3, 64, 64)
-    stem, note = find_stem_of(model)
-    with torch.no_grad():
-        torch.testing.assert_close(stem(x), model.features.pool0(model.features.norm0(model.features.conv0(x))))
-    assert note == "stem: features.conv0 -> features.norm0 -> features.pool0"
-
-
-def test_a_model_without_a_stem_is_told():
-    result = run(MeanColor(), noise(2), "circular", "stem")
-    assert "stem change not applicable" in result.notes[0] and "stem_change" not in result.summary()
-    with pytest.raises(ValueError, match="nothing to measure: stem change not applicable"):
-        run(MeanColor(), noise(2), "stem")
-
-
-def test_a_compiled_model():
-    result = run(torch.compile(MeanColor(), backend="eager"), noise(2), "circular")
-    assert result.summary() == {"circular_consistency": 100}
-
-
-def test_half_precision():
-    model = small_model().eval()
-    full = run(model, noise(2), "kl", model_input=ModelInput(size=64))
-    amp = run(model, noise(2), "kl", model_input=ModelInput(size=64), amp=torch.bfloat16)
-    assert amp.settings["amp"] == "bfloat16" and not torch.equal(full.values["kl"], amp.values["kl"])
-    half = run(model.bfloat16(), noise(2), "kl", model_input=ModelInput(size=64))
-    assert half.values["kl"].isfinite().all()
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -352,60 +227,6 @@ def test_wrong_arguments(options, message):
         evaluate(Parity(), noise(1), **{"protocols": ["flips"], "model_input": PLAIN, **options})
 
 
-def test_models_that_are_no_classifiers():
-    with pytest.raises(ValueError, match=r"logits \(N, classes\), got \(1, 3, 32, 32\)"):
-        run(nn.Identity(), noise(1), "flips")
-    with pytest.raises(ValueError, match="does not run on images"):
-        run(nn.Conv2d(4, 1, 1), noise(1), "flips")
-
-
-class Fragile(Parity):
-    """Not finite for a picture that is all black."""
-
-    def forward(self, x):
-        return super().forward(x) / (x.amax(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0] > 0)
-
-
-def test_outputs_that_are_not_finite():
-    images = [(line(20, 40), 0), (line(None, 40), 0), (line(21, 40), 1)]
-    with pytest.raises(ValueError, match="cannot use image 1 of the dataset: the model's output is not finite"):
-        run(Fragile(), images, "flips")
-    for batch_size in (1, 3):
-        result = run(Fragile(), images, "accuracy", "flips", on_error="skip", batch_size=batch_size)
-        assert result.indices.tolist() == [0, 2] and result.failed == (("image 1", "the model's output is not finite"),)
-        assert [len(values) for values in result.values.values()] == [2, 2] == [len(result.checksums)] * 2
-        assert result.summary()["top1"] == 100
-    with pytest.raises(ValueError, match="no image of the dataset can be used; image 1: the model's output"):
-        run(Fragile(), Images(images, limit=1), "flips", on_error="skip")
-
-
-def test_what_one_protocol_cannot_use_counts_for_none():
-    images = noise(3, 40) + [(line(0, 40), 0)]  # black but for its first column, which the crops leave
-    result = run(Fragile(), images, "accuracy", "flips", on_error="skip")
-    assert result.indices.tolist() == [0, 1, 2]
-    assert {name: len(values) for name, values in result.values.items()} == {
-        "top1": 3,
-        "flip_probability": 3,
-    }
-
-
-def test_classes_may_be_excluded():
-    class Masked(MeanColor):
-        def forward(self, x):
-            return super().forward(x) + torch.tensor([0, -math.inf, 0])
-
-    images = [(image, 0) for image, _ in noise(3)]
-    result = run(Masked(), images, "accuracy", "kl", "flips")
-    assert result.num_images == 3 and result.values["kl"].isfinite().all() and result.values["kl"].max() > 0
-
-    class AllMasked(Masked):
-        def forward(self, x):
-            return super().forward(x) - math.inf
-
-    with pytest.raises(ValueError, match="not finite"):
-        run(AllMasked(), images, "flips")
-
-
 def test_a_class_that_is_excluded_for_some_crops_alone():
     """p_0 has it and p_s does not: the divergence is infinite."""
 
@@ -420,34 +241,6 @@ def test_a_class_that_is_excluded_for_some_crops_alone():
     json.dumps(result.as_record(), allow_nan=False)
 
 
-def test_a_stem_whose_maps_are_not_finite():
-    model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6)).eval()
-    model[0].weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="image 0 of the dataset: the model's output is not finite"):
-        run(model, noise(2, 72), "stem", model_input=ModelInput(size=64))
-
-
-def test_a_stem_without_a_living_channel():
-    model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6)).eval()
-    nn.init.zeros_(model[0].weight)
-    result = run(model, noise(2, 72), "circular", "stem", model_input=ModelInput(size=64))
-    assert list(result.summary()) == ["circular_consistency"]
-    assert result.notes[-1] == "stem change not applicable: every channel of the stem is constant on these images"
-    json.dumps(result.as_record(), allow_nan=False)
-    with pytest.raises(ValueError, match="nothing to measure: stem change not applicable: every channel"):
-        run(model, noise(2, 72), "stem", model_input=ModelInput(size=64))
-
-
-def test_a_stem_that_lives_on_one_image_alone():
-    model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2, bias=False), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6)).eval()
-    images = [(line(None, 72), 0)] * 5 + noise(1, 72)
-    wanted = ModelInput(size=64, mean=(0.0,) * 3, std=(1.0,) * 3)
-    record = run(model, images, "stem", model_input=wanted).as_record()
-    json.dumps(record, allow_nan=False)
-    low, high = record["ci95"]["stem_change"]["horizontal"]["1"]
-    assert 0 < low <= record["summary"]["stem_change"]["horizontal"]["1"] <= high
-
-
 def test_pictures_that_cannot_be_cropped():
     images = [(line(20, 40), 0), (Image.new("RGB", (0, 5)), 0), (line(21, 40), 1)]
     with pytest.raises(ValueError, match="cannot use image 1 of the dataset: cannot be cropped: .*0 x 5 pixels"):
@@ -457,49 +250,7 @@ def test_pictures_that_cannot_be_cropped():
         assert result.indices.tolist() == [0, 2] and "0 x 5 pixels" in result.failed[0][1]
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps"])
-def test_devices_that_are_not_there(device):
-    model = small_model().train()
-    with pytest.raises(ValueError, match=f"cannot use the device '{device}'"):
-        run(model, noise(1), "flips", device=device, model_input=ModelInput(size=64))
-    assert model.training
-
-
 # --- results ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_record_goes_through_a_file(tmp_path):
-    result = run(Lopsided(), noise(5), *ALL)
-    record = result.as_record(model="mine", dataset="noise")
-    records.write(tmp_path / "e.jsonl", [record])
-    (read,) = records.read(tmp_path / "e.jsonl")
-    assert read == json.loads(json.dumps(record)) and read["kind"] == "evaluation" and read["model"] == "mine"
-    assert read["summary"].keys() == read["ci95"].keys() == read["units"].keys()
-    assert read["settings"]["size"] == SIZE and read["settings"]["num_classes"] == 3
-    assert read["speed"]["frames"] == 5 * (1 + 1 + 2 + 2 + 2 + 25 + 25 + 49 + 49)
-    low, high = read["ci95"]["kl"]["vertical"]["0.5"]
-    assert low <= read["summary"]["kl"]["vertical"]["0.5"] <= high
-    assert read["units"]["kl"] == "nats" and read["units"]["flip_probability"] == "%"
-
-
-def test_paired_differences_are_over_the_common_images():
-    images = noise(12)
-    first = run(Lopsided(), images, "flips", "circular")
-    second = run(MeanColor(), Images(images, limit=6), "flips", "consistency")
-    difference = paired_difference(first, second)
-    assert list(difference) == ["flip_probability"]
-    rows = second.indices
-    expected = (second.values["flip_probability"] - first.values["flip_probability"][rows]).mean(dim=0) * 100
-    torch.testing.assert_close(difference["flip_probability"].mean, expected)
-    record = difference_record(first, second)
-    assert record["summary"]["flip_probability"]["vertical"]["3"] == pytest.approx(expected[1, 2].item())
-    same = paired_difference(first, first)["circular_consistency"]
-    assert same.low == same.high == 0
-    others = run(MeanColor(), noise(12), "circular")
-    with pytest.raises(ValueError, match="same dataset, but image 0 and 11 more of the 12 with equal numbers are diff"):
-        paired_difference(first, others)
-    with pytest.raises(ValueError, match="same seed"):
-        paired_difference(first, run(Lopsided(), images, "flips", seed=2))
 
 
 def test_progress_is_told():

@@ -10,7 +10,6 @@ from mixpool.evaluation.metrics import (
     flip_curve,
     flip_probability,
     kl_divergence,
-    mean_flip_rate,
     percentile_ends,
     resampled_means,
     shift_consistency,
@@ -62,10 +61,6 @@ def test_flips_are_counted_over_all_pairs_at_a_distance():
 def test_flips_of_a_step_out_of_range(step):
     with pytest.raises(ValueError, match="step"):
         flip_probability(torch.zeros(2, 5), step)
-
-
-def test_mean_flip_rate_divides_before_it_averages():
-    assert mean_flip_rate(torch.tensor([1.0, 6.0]), torch.tensor([2.0, 3.0])) == (0.5 + 2) / 2
 
 
 def test_kl_of_two_classes():

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from torchvision import transforms
 
-from mixpool.evaluation.model_input import ModelInput, find_model_input
+from mixpool.evaluation.model_input import ModelInput
 from mixpool.evaluation.protocols import (
     KL,
     PROTOCOLS,
@@ -20,17 +19,9 @@ from mixpool.evaluation.protocols import (
     halved_in_float,
     margin,
 )
-from mixpool.evaluation.views import OwnView, SquareView
+from mixpool.evaluation.views import SquareView
 
 SIZE, LARGE = 32, 64
-
-
-def photo(width, height):
-    return Image.fromarray(torch.randint(256, (height, width, 3), dtype=torch.uint8).numpy())
-
-
-def as_batch(view, image):
-    return torch.from_numpy(view(image).copy()).permute(2, 0, 1)[None]
 
 
 def numbered(side):
@@ -42,102 +33,6 @@ def numbered(side):
 def corners(frames):
     """(row, column) of the first pixel of each frame of the first image of `numbered`."""
     return [(int(frame[0, 0, 0, 0]), int(frame[0, 1, 0, 0])) for frame in frames]
-
-
-# --- views ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("width", "height"), [(60, 45), (45, 60), (50, 50), (20, 33)])
-def test_the_square_view_is_torchvisions(width, height):
-    image = photo(width, height)
-    expected = transforms.Compose([transforms.Resize(40), transforms.CenterCrop(40), transforms.PILToTensor()])(image)
-    assert torch.equal(as_batch(SquareView(40), image)[0], expected)
-
-
-def test_the_own_view_is_timms():
-    wanted = ModelInput(size=32, crop_ratio=0.8, interpolation="bicubic")
-    image = photo(70, 50)
-    transform = timm.data.create_transform(
-        (3, 32, 32), interpolation="bicubic", crop_pct=0.8, mean=(0,) * 3, std=(1,) * 3
-    )
-    assert torch.equal(as_batch(OwnView(wanted), image)[0].float() / 255, transform(image))
-    assert OwnView(wanted)(image).shape == (32, 32, 3)
-
-
-def test_the_own_view_of_a_torchvision_model_is_256_224():
-    image = photo(300, 280)
-    expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])(image)
-    assert torch.equal(as_batch(PROTOCOLS["accuracy"](ModelInput()).view, image)[0], expected)
-
-
-def test_the_model_says_what_it_wants():
-    model = timm.create_model("resnet18.a1_in1k")
-    wanted = find_model_input(model)
-    config = timm.data.resolve_model_data_config(model)
-    assert (wanted.size, wanted.crop_ratio, wanted.interpolation) == (224, config["crop_pct"], config["interpolation"])
-    assert find_model_input(torch.nn.Identity()) == ModelInput()
-    model.pretrained_cfg["input_size"] = (1, 28, 28)
-    with pytest.raises(ValueError, match="square RGB images, got one of 1 x 28 x 28"):
-        find_model_input(model)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"crop_ratio": 87.5}, "expected a crop ratio above 0 and up to 2, got 87.5"),
-        ({"crop_ratio": 0.0}, "expected a crop ratio above 0 and up to 2, got 0.0"),
-        ({"size": 0}, "at least 1 pixel, got a size of 0"),
-        ({"mean": (0.5,)}, "three means"),
-        ({"std": (1.0, 0.0, 1.0)}, "positive stds"),
-    ],
-)
-def test_a_wrong_input(settings, message):
-    with pytest.raises(ValueError, match=message) as error:
-        ModelInput(**settings)
-    assert "ModelInput(" not in str(error.value)
-
-
-def test_a_run_says_how_its_images_were():
-    model = timm.create_model("resnet18.a1_in1k")
-    run = {"img_size": 32, "mean": [0.1, 0.2, 0.3], "std": [0.4], "crop_pct": 1.0, "interpolation": "bilinear"}
-    expected = ModelInput(32, 1.0, "bilinear", mean=(0.1, 0.2, 0.3), std=(0.4,) * 3)
-    assert find_model_input(model, run) == find_model_input(torch.nn.Identity(), run) == expected
-    # What a run leaves open is the model's, and for one without a configuration timm's, as in the training.
-    unset = {"img_size": None, "input_size": [3, 48, 48], "mean": None, "std": None, "crop_pct": None}
-    config = timm.data.resolve_data_config(unset, model=model)
-    assert find_model_input(model, unset).crop_ratio == config["crop_pct"] == 0.95
-    assert find_model_input(model, {**unset, "interpolation": ""}).size == 48
-    assert find_model_input(torch.nn.Identity(), unset).interpolation == "bicubic"
-    with pytest.raises(ValueError, match="do not fit together"):
-        find_model_input(model, {"mean": [0.1, 0.2]})
-    with pytest.raises(ValueError, match="square RGB images"):
-        find_model_input(model, {"input_size": [1, 32, 32]})
-
-
-def test_the_size_of_timms_tables():
-    model = timm.create_model("resnet34.a1_in1k")
-    own, tables = find_model_input(model), find_model_input(model, use_test_size=True)
-    assert (own.size, own.crop_ratio) == (224, 0.95) and (tables.size, tables.crop_ratio) == (288, 1.0)
-
-
-def test_a_crop_larger_than_the_picture_gets_a_border():
-    wanted = ModelInput(size=32, crop_ratio=1.15, interpolation="bicubic")
-    image = Image.new("RGB", (60, 60), "white")
-    transform = timm.data.create_transform(
-        (3, 32, 32), interpolation="bicubic", crop_pct=1.15, mean=(0,) * 3, std=(1,) * 3
-    )
-    found = as_batch(OwnView(wanted), image)[0].float() / 255
-    assert torch.equal(found, transform(image)) and found.min() == 0 and found.max() == 1
-
-
-@pytest.mark.parametrize("view", [SquareView(40), OwnView(ModelInput(size=32, crop_ratio=0.8))])
-def test_pictures_that_would_fill_the_memory(view, monkeypatch):
-    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 40 * 40 * 30)
-    assert view(photo(30, 1)).shape == (view(photo(40, 40))).shape
-    with pytest.raises(ValueError, match=r"1 x 31 pixels: resized to a shorter side of 40 .*more than Pillow's limit"):
-        view(photo(1, 31))
-    with pytest.raises(ValueError, match="a picture of 0 x 5 pixels"):
-        view(Image.new("RGB", (0, 5)))
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import shlex
@@ -20,6 +21,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 import mixpool
 from mixpool.cli import command as cli
+from mixpool.cli.common import EXIT_USER_ERROR
 from mixpool.conversion.stock import converted_stems
 from mixpool.training.configuration import parse, read_config
 from mixpool.training.model import build_model
@@ -146,14 +148,21 @@ def cifar(tmp_path_factory) -> Path:
     return folder
 
 
-def stock_weights(model: str, folder: Path) -> Path:
-    """A file of weights for the stock model, with band-pass filters in its stem as training makes them."""
-    stock = timm.create_model(model.removeprefix("mixpool_").split(".")[0])
-    mixpool.initialize(stock, "gabor", num_channels=24, pooling="max")
-    mixpool.revert(stock)
-    path = folder / "stock.pth"
-    torch.save(stock.state_dict(), path)
-    return path
+@pytest.fixture(scope="module")
+def stock_weights(tmp_path_factory):
+    """Gives a file of weights for a stock model, with band-pass filters in its stem as training makes them."""
+    folder = tmp_path_factory.mktemp("weights")
+
+    @functools.cache
+    def write(model: str) -> Path:
+        stock = timm.create_model(model.removeprefix("mixpool_").split(".")[0])
+        mixpool.initialize(stock, "gabor", num_channels=24, pooling="max")
+        mixpool.revert(stock)
+        path = folder / f"{model}.pth"
+        torch.save(stock.state_dict(), path)
+        return path
+
+    return write
 
 
 def dry_run(config: Path, data: Path, *more: str) -> int:
@@ -162,13 +171,13 @@ def dry_run(config: Path, data: Path, *more: str) -> int:
 
 
 @EVERY_CONFIG
-def test_dry_run(config, request, tmp_path, monkeypatch, capsys):
+def test_dry_run(config, request, stock_weights, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = read_config(config)
     is_cifar = config in CIFAR
     more = [] if is_cifar else ["--img-size", "64"]
     if settings.get("pretrained"):
-        more += ["--pretrained-path", str(stock_weights(settings["model"], tmp_path))]
+        more += ["--pretrained-path", str(stock_weights(settings["model"]))]
     code = dry_run(config, request.getfixturevalue("cifar" if is_cifar else "imagenet"), *more)
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -178,8 +187,8 @@ def test_dry_run(config, request, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("config", [path for path in CONFIGS if "distill" in header(path)], ids=lambda path: path.stem)
-def test_dry_run_with_the_stock_model_as_teacher(config, imagenet, tmp_path, capsys):
-    weights = stock_weights(read_config(config)["model"], tmp_path)
+def test_dry_run_with_the_stock_model_as_teacher(config, imagenet, stock_weights, capsys):
+    weights = stock_weights(read_config(config)["model"])
     more = ["--img-size", "64", "--pretrained-path", str(weights), "--distill", "stock"]
     assert dry_run(config, imagenet, *more) == 0, capsys.readouterr().err
 
@@ -187,7 +196,7 @@ def test_dry_run_with_the_stock_model_as_teacher(config, imagenet, tmp_path, cap
 def test_a_config_that_fails_fails_the_dry_run(cifar, tmp_path, capsys):
     config = tmp_path / "wrong.yaml"
     config.write_text(CIFAR[0].read_text().replace("num_classes: 10", "num_classes: 11"))
-    assert dry_run(config, cifar) == cli.EXIT_USER_ERROR
+    assert dry_run(config, cifar) == EXIT_USER_ERROR
     assert "num_classes: 10" in capsys.readouterr().err
 
 
@@ -245,22 +254,19 @@ def build_as_timm(args: Namespace, **factory) -> torch.nn.Module:
 
 
 @EVERY_CONFIG
-def test_timm_script_builds_model_optimizer_and_schedule(config, tmp_path):
+def test_timm_script_builds_model_optimizer_and_schedule(config, stock_weights):
     args = timm_defaults(config)
-    file = stock_weights(args.model, tmp_path) if args.pretrained else None
+    file = stock_weights(args.model) if args.pretrained else None
     model = build_as_timm(args, **({"pretrained_cfg_overlay": {"file": str(file)}} if file else {}))
     assert sum(stem.num_modulus for stem in converted_stems(model).values()) > 0
+    if "alexnet" in config.stem:
+        dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+        assert dropouts == [0.5, 0.5], "timm's default of no dropout takes none away"
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, args.num_classes or 1000)
     args.lr = args.lr_base if args.lr is None else args.lr
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
     _, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=100)
     assert num_epochs == args.epochs
-
-
-def test_alexnet_keeps_its_dropout_under_timms_defaults():
-    (config,) = [path for path in CONFIGS if "alexnet" in path.stem]
-    model = build_as_timm(timm_defaults(config))
-    assert [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)] == [0.5, 0.5]
 
 
 def rates(config: Path, batch_size: int) -> list[float]:

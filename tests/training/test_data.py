@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
-from torch import nn
 from torch.utils.data import DataLoader
 
 from mixpool.evaluation.dataset import Images
-from mixpool.training import state_file
-from mixpool.training.checks import count_outputs, estimate_memory, half_precision_slowdown
 from mixpool.training.data import BatchOrder, TrainingImages
-from mixpool.training.splits import check_classes
 
 
 class Blank:
@@ -78,97 +72,3 @@ def test_the_training_process_keeps_its_own_generators():
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     TrainingImages(Images(Blank()), draws, channels=3, on_error="raise", seed=0)[(0, 3)]
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
-
-
-def test_generator_states_survive_the_file(tmp_path):
-    random.seed(7), np.random.seed(7), torch.manual_seed(7)
-    random.gauss(0, 1), np.random.randn()  # both keep half of a pair
-    device = torch.device("cpu")
-    state_file.save(tmp_path / "x", {"run": state_file.generator_states(device)})
-
-    def draw():
-        return random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.randn(3).tolist()
-
-    expected = draw()
-    state_file.set_generator_states(state_file.load(tmp_path / "x")["run"], device)
-    assert draw() == expected
-
-
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "last"
-    state_file.save(path, {"run": 1})
-
-    def fail(state, file):
-        file.write(b"half of it")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        state_file.save(path, {"run": 2})
-    assert state_file.load(path) == {"run": 1} and [p.name for p in tmp_path.iterdir()] == ["last"]
-
-    def fail_as_torch_does(state, file):
-        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
-
-    monkeypatch.setattr(torch, "save", fail_as_torch_does)
-    with pytest.raises(OSError, match="cannot write .*last: .*unexpected pos"):
-        state_file.save(path, {"run": 2})
-
-
-def test_files_that_are_no_checkpoint(tmp_path):
-    (tmp_path / "damaged").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(ValueError, match="cannot read the checkpoint"):
-        state_file.load(tmp_path / "damaged")
-    torch.save({"state_dict": {}}, tmp_path / "other")
-    with pytest.raises(ValueError, match="has no entry 'run'"):
-        state_file.load(tmp_path / "other")
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def folders(*names: str):
-    return SimpleNamespace(reader=SimpleNamespace(class_to_idx={name: i for i, name in enumerate(names)}))
-
-
-def test_classes_have_to_fit():
-    check_classes(folders("a", "b"), folders("a", "b"), 2, has_class_map=False)
-    check_classes(folders("a", "b"), folders("a", "b"), 5, has_class_map=True)  # a part of the classes of the map
-    check_classes(object(), object(), 7, has_class_map=False)  # a stream does not tell
-    with pytest.raises(ValueError, match="2 classes and the model 5 outputs: set num_classes: 2"):
-        check_classes(folders("a", "b"), folders("a", "b"), 5, has_class_map=False)
-    with pytest.raises(ValueError, match="3 classes and the model 2 outputs"):
-        check_classes(folders("a", "b", "c"), folders("a", "b", "c"), 2, has_class_map=True)
-    with pytest.raises(ValueError, match="in one of them only: c"):
-        check_classes(folders("a", "b", "c"), folders("a", "b"), 3, has_class_map=False)
-
-
-def test_only_classifiers_with_finite_outputs_pass():
-    images = torch.rand(2, 3, 8, 8)
-    assert count_outputs(nn.Sequential(nn.Flatten(), nn.Linear(192, 6)), images) == 6
-    with pytest.raises(ValueError, match="expected a classifier"):
-        count_outputs(nn.Conv2d(3, 4, 3), images)
-    broken = nn.Sequential(nn.Flatten(), nn.Linear(192, 6))
-    nn.init.constant_(broken[1].bias, torch.nan)
-    with pytest.raises(ValueError, match="not finite"):
-        count_outputs(broken, images)
-
-
-def test_the_memory_estimate_counts_what_autograd_keeps():
-    """By hand: the inputs of the second convolution and of the ReLU, each of 8 x 16 x 16 floats per image."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
-    options = SimpleNamespace(opt="sgd", momentum=0.9, amp=False, batch_size=64, model_ema=True)
-    images, state = torch.rand(2, 3, 16, 16), torch.get_rng_state()
-    before = [parameter.clone() for parameter in model.parameters()]
-    found = estimate_memory(model, images, options, torch.device("cpu"))
-    assert found.activations == 2 * 64 * 8 * 16 * 16 * 4
-    assert found.weights == 4 * sum(p.numel() * 4 for p in model.parameters())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(map(torch.equal, before, model.parameters()))
-
-
-def test_slowness_is_measured_and_draws_nothing():
-    state = torch.get_rng_state()
-    assert 0 < half_precision_slowdown(torch.bfloat16) < float("inf")
-    assert 0.1 < half_precision_slowdown(torch.float32) < 10
-    assert torch.equal(torch.get_rng_state(), state)

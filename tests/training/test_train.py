@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -16,17 +16,16 @@ import pytest
 import timm
 import torch
 from timm.data import ImageDataset, create_transform
-from training_runs import arguments
+from training_runs import TESTS, arguments, options, start
 
-from mixpool.training.configuration import parse
-from mixpool.training.train import train
+from mixpool.training.train import _is_better, train
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
-TESTS = Path(__file__).parent
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def run(photos: Path, output: Path, **settings) -> dict:
-    return train(parse(arguments(photos, output, **settings)))
+    return train(options(photos, output, **settings))
 
 
 def weights(output: Path, name: str = "last.pth.tar", entry: str = "state_dict") -> dict[str, torch.Tensor]:
@@ -37,28 +36,6 @@ def assert_equal(first: dict, second: dict, tolerance: float = 0.0) -> None:
     assert first.keys() == second.keys() and first
     for key, value in first.items():
         assert (second[key].double() - value.double()).abs().max() <= tolerance, key
-
-
-def start(photos: Path, output: Path, *, processes: int = 1, **settings) -> subprocess.Popen:
-    """The run as a command, with processes of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "mixpool", "train", *arguments(photos, output, **settings)]
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that its workers can be killed with it
-    )
-
-
-def finish(running: subprocess.Popen) -> str:
-    """What it prints."""
-    out, errors = running.communicate(timeout=120)
-    assert running.returncode == 0, errors
-    return out
 
 
 EVERYTHING = {
@@ -126,19 +103,19 @@ def test_a_run_that_was_stopped_ends_at_the_same_weights(photos, tmp_path, setti
 
 
 def test_a_run_killed_at_any_moment_ends_at_the_same_weights(photos, tmp_path):
-    """`kill -9` after three random times, from the start of Python to the last epoch."""
-    settings = EVERYTHING | {"epochs": 40, "workers": 1, "val_interval": 5}
+    """`kill -9` after three random times, from the first line of the command to the last epoch."""
+    settings = EVERYTHING | {"epochs": 12, "workers": 1, "val_interval": 5}
+    start(photos, tmp_path / "warm-up", epochs=1).finish()  # the server that forks imports torch at the first call
     started = time.perf_counter()
-    finish(start(photos, tmp_path / "whole", **settings))
+    start(photos, tmp_path / "whole", **settings).finish()
     duration = time.perf_counter() - started
     has_checkpoint = []
-    for share in (random.uniform(0.3, 0.7), random.uniform(0.3, 0.7), random.uniform(0.3, 0.7)):
+    for _ in range(3):
         running = start(photos, tmp_path / "cut", **settings)
-        time.sleep(share * duration)
-        os.killpg(running.pid, signal.SIGKILL)
-        running.communicate()
+        time.sleep(random.uniform(0.2, 0.6) * duration)
+        running.kill()
         has_checkpoint.append((tmp_path / "cut" / "run" / "last.pth.tar").exists())
-    text = finish(start(photos, tmp_path / "cut", **settings))
+    text = start(photos, tmp_path / "cut", **settings).finish()
     assert any(has_checkpoint) and "continuing" in text
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert (tmp_path / "whole/run/summary.csv").read_text() == (tmp_path / "cut/run/summary.csv").read_text()
@@ -146,17 +123,16 @@ def test_a_run_killed_at_any_moment_ends_at_the_same_weights(photos, tmp_path):
 
 def test_two_processes_killed_within_an_epoch_end_at_the_same_weights(photos, tmp_path):
     """Also the running statistics, of which every process has its own until the end of an epoch, and the losses."""
-    settings = {"model": "tiny_norm", "model_ema": True, "model_ema_decay": 0.9, "epochs": 30, "batch_size": 2}
-    settings |= {"recovery_interval": 1, "val_interval": 10, "log_interval": 100}
-    finish(start(photos, tmp_path / "whole", processes=2, **settings))
-    running = start(photos, tmp_path / "cut", processes=2, **settings)
+    settings = {"model": "tiny_norm", "model_ema": True, "model_ema_decay": 0.9, "epochs": 8, "batch_size": 2}
+    settings |= {"recovery_interval": 1, "val_interval": 4, "log_interval": 100, "processes": 2}
+    start(photos, tmp_path / "whole", **settings).finish()
+    running = start(photos, tmp_path / "cut", **settings)
     last = tmp_path / "cut/run/last.pth.tar"
-    while not last.exists() and running.poll() is None:
-        time.sleep(0.05)
-    time.sleep(random.uniform(0, 0.5))
-    os.killpg(running.pid, signal.SIGKILL)
-    running.communicate()
-    text = finish(start(photos, tmp_path / "cut", processes=2, **settings))
+    while not last.exists() and running.is_alive():
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
+    running.kill()
+    text = start(photos, tmp_path / "cut", **settings).finish()
     assert "continuing" in text
     for entry in ("state_dict", "state_dict_ema"):
         assert_equal(weights(tmp_path / "whole", entry=entry), weights(tmp_path / "cut", entry=entry))
@@ -165,15 +141,51 @@ def test_two_processes_killed_within_an_epoch_end_at_the_same_weights(photos, tm
     assert (record["num_train"], record["num_val"]) == (24, 9)
 
 
+def by_torchrun(photos: Path, output: Path, **settings) -> None:
+    """The run in two processes, as the documentation starts it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mixpool", "train"]
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, *arguments(photos, output, **settings)]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+
+
 @pytest.mark.parametrize("accumulated", [1, 2], ids=["", "accumulated"])
 def test_two_processes_equal_one_with_the_same_global_batch(photos, tmp_path, accumulated):
     """In float32 and without batch norm; the sums are taken in another order, hence 1e-6."""
     # 9 validation images one by one: the processes have different numbers of batches.
     common = {"grad_accum_steps": accumulated, "weight_decay": 1e-3, "validation_batch_size": 1}
     run(photos, tmp_path / "one", batch_size=8, **common)
-    finish(start(photos, tmp_path / "two", processes=2, batch_size=4, **common))
+    if accumulated == 1:
+        by_torchrun(photos, tmp_path / "two", batch_size=4, **common)
+        assert (tmp_path / "two/run/curves.png").stat().st_size > 5000
+    else:
+        start(photos, tmp_path / "two", processes=2, batch_size=4, **common).finish()
     assert_equal(weights(tmp_path / "one"), weights(tmp_path / "two"), tolerance=1e-6)
     rows = [list(csv.DictReader((tmp_path / name / "run" / "summary.csv").open())) for name in ("one", "two")]
     for one, two in zip(*rows, strict=True):
         for key in one:
             assert float(one[key]) == pytest.approx(float(two[key]), abs=1e-4), key
+
+
+def test_a_finished_run_says_so_and_trains_no_more(photos, tmp_path, capsys):
+    first = train(options(photos, tmp_path))
+    capsys.readouterr()
+    again = train(options(photos, tmp_path))
+    assert again == first and "images/s" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metric, best", [("top1", None), ("top1", 50.0), ("loss", None), ("loss", 1.0)])
+def test_nothing_that_is_not_finite_is_the_best(metric, best):
+    assert not _is_better(math.nan, best, metric) and not _is_better(math.inf, best, metric)
+    assert _is_better(60.0, best, metric) == (metric == "top1" or best is None)
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", pytest.param("cuda", marks=needs_no_gpu)])
+def test_a_device_that_is_not_there(photos, tmp_path, device):
+    with pytest.raises(ValueError, match=f"cannot use the device '{device}'"):
+        train(options(photos, tmp_path, device=device))
+
+
+def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
+    assert train(options(photos, tmp_path, dry_run=True)) == {}
+    assert list(tmp_path.iterdir()) == [] and "it would train 3 epochs" in capsys.readouterr().out

@@ -1,0 +1,134 @@
+"""Models by name and checkpoints from files: which weights are taken, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from mixpool import convert
+from mixpool.conversion.convert import revert
+from mixpool.evaluation.model_input import find_model_input
+from mixpool.evaluation.views import OwnView
+from mixpool.filters.gabor import gabor_bank
+from mixpool.stem.module import MixPoolStem
+from mixpool.timm_models.loading import _torchvision_config, load_model, read_checkpoint
+from mixpool.training.options import OPTIONS
+
+NAME = "resnet18"
+
+
+def model_of(num_classes=2):
+    model = timm.create_model(NAME, num_classes=num_classes).eval()
+    model.conv1.weight.data.copy_(gabor_bank(64))
+    return model
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "stock.safetensors"
+    save_file(model_of().state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(("imag", "suffix"), [("tied", "safetensors"), ("free", "pth")])
+def test_a_converted_checkpoint_gives_the_converted_model(tmp_path, imag, suffix):
+    model = model_of()
+    convert(model, imag=imag, blur=1)
+    path = tmp_path / f"mixed.{suffix}"
+    save_file(model.state_dict(), path) if suffix == "safetensors" else torch.save(model.state_dict(), path)
+    loaded = load_model(NAME, path, num_classes=2)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+    assert isinstance(loaded.conv1, MixPoolStem) and loaded.conv1.num_modulus > 0 and not loaded.training
+    revert(loaded)
+    assert isinstance(loaded.conv1, nn.Conv2d)
+
+
+@pytest.mark.parametrize("kind", ["stock", "converted"])
+def test_a_registered_mixpool_model_takes_both_kinds_of_checkpoint(tmp_path, kind):
+    model = model_of()
+    if kind == "stock":
+        save_file(model.state_dict(), tmp_path / "weights.safetensors")
+        convert(model)
+    else:
+        convert(model, select="all")
+        save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = load_model(f"mixpool_{NAME}", tmp_path / "weights.safetensors", num_classes=2)
+    assert loaded.conv1.num_modulus == model.conv1.num_modulus > 0
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_a_converted_checkpoint_of_another_model(tmp_path):
+    model = model_of()
+    convert(model)
+    save_file(model.state_dict(), tmp_path / "mixed.safetensors")
+    with pytest.raises(ValueError, match="mixed.safetensors does not fit resnet34"):
+        load_model("resnet34", tmp_path / "mixed.safetensors", num_classes=2)
+
+
+def training_checkpoint(path, model, average=None, arch=NAME, **settings):
+    """As `mixpool train` writes it, or timm's script where `settings` come as a namespace."""
+    state = {"arch": arch, "epoch": 3, "state_dict": model.state_dict()}
+    if average is not None:
+        state["state_dict_ema"] = average.state_dict()
+    state["args"] = {name: option.default for name, option in OPTIONS.items()} | settings
+    torch.save(state, path)
+    return path
+
+
+def same_outputs(first, second, size=64):
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        return torch.equal(first.eval()(x), second.eval()(x))
+
+
+@pytest.mark.parametrize("entry", ["model_ema", "state_dict_ema"])
+def test_an_entry_without_an_average(entry, tmp_path):
+    model = model_of()
+    torch.save({entry: None, "model": model.state_dict()}, tmp_path / "w.pth")
+    checkpoint = read_checkpoint(tmp_path / "w.pth")
+    assert not checkpoint.has_average and checkpoint.state.keys() == model.state_dict().keys()
+    torch.save({entry: model.state_dict()}, tmp_path / "w.pth")
+    assert read_checkpoint(tmp_path / "w.pth").is_average
+    with pytest.raises(ValueError, match="expected a state dict in .* its entry state_dict, model"):
+        read_checkpoint(tmp_path / "w.pth", use_ema=False)
+
+
+def test_other_arguments_of_the_training(tmp_path):
+    arch = f"mixpool_{NAME}"
+    model = timm.create_model(arch, num_classes=2, global_pool="max", bn_eps=0.3)
+    path = training_checkpoint(tmp_path / "w.pth", model, arch=arch, num_classes=2, gp="max", bn_eps=0.3, drop=0.5)
+    assert same_outputs(load_model(f"{arch}.a1_in1k", path), model)
+    with pytest.raises(ValueError, match="does not fit"):
+        load_model(arch, path, num_classes=5)
+
+
+def test_every_weight_of_torchvision_is_resized_as_it_says():
+    """Its own transform and ours give the same bytes; among them 299 of 342, 224 of 232, 300 of 320 bicubic."""
+    from torchvision import models
+    from torchvision.transforms import functional
+
+    seen = {}
+    for name in models.list_models(module=models):
+        for weights in models.get_model_weights(name):
+            transform = weights.transforms()
+            config = _torchvision_config(transform)
+            assert math.floor(config["input_size"][1] / config["crop_pct"]) == transform.resize_size[0]
+            seen[tuple(config.items())] = transform
+    assert len(seen) > 10
+    image = Image.effect_noise((330, 290), 60).convert("RGB")
+    for settings, transform in sorted(seen.items(), key=str)[::4]:
+        wanted = find_model_input(nn.Identity(), dict(settings))
+        expected = transform(image)
+        found = functional.to_tensor(OwnView(wanted)(image).copy())
+        torch.testing.assert_close(functional.normalize(found, wanted.mean, wanted.std), expected)
