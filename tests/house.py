@@ -198,8 +198,9 @@ def picture(sources: Sources) -> str:
     return "\n".join(
         [
             *sorted(lines),
-            f"{len(rooms)} rooms on {max(level.values()) + 1} levels, {sum(map(len, rooms.values()))} arrows between them, "
-            f"{arrows} between files, {len(found)} circles" + "".join(f"\n  circle: {circle}" for circle in found),
+            f"{len(rooms)} rooms on {max(level.values()) + 1} levels, {sum(map(len, rooms.values()))} arrows between "
+            f"them, {arrows} between files, {len(found)} circles",
+            *(f"  circle: {circle}" for circle in found),
         ]
     )
 
