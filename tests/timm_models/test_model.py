@@ -1,4 +1,4 @@
-"""The registered models: what timm's own tests ask of a model, and where weights come from and what becomes of them.
+"""What timm's own tests ask of a model, and where weights come from and what becomes of them.
 
 No test uses a network: the functions of timm that download are replaced by ones that give files made here.
 """
@@ -21,13 +21,11 @@ import torch
 import torchvision
 from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.layers import BlurPool2d
-from timm.models import DenseNet, ResNet
 from torch import Tensor, nn
 
 import mixpool
 import mixpool.timm_models
 from mixpool import convert, revert, stock_state_dict
-from mixpool.timm_models.alexnet import AlexNet
 from mixpool.timm_models.model import MixPoolModel
 from mixpool.timm_models.registry import ARCHITECTURES
 
@@ -113,61 +111,6 @@ def trained(**options) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.05 * parameter.std(unbiased=False) * torch.randn_like(parameter))
     return model.eval()
-
-
-# --- the registry -----------------------------------------------------------------------------------------------------
-
-
-def test_the_models_are_registered():
-    wanted = """alexnet densenet121 resnet18 resnet26 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d
-        resnext101_32x4d resnext101_32x8d resnext101_64x4d seresnet50 wide_resnet50_2 wide_resnet101_2""".split()
-    assert sorted(timm.list_models(module="timm_models")) == sorted(f"mixpool_{name}" for name in wanted)
-    for name in NAMES:
-        entry_point = getattr(mixpool.timm_models, name)
-        assert entry_point is timm.models.model_entrypoint(name) and entry_point.__name__ == name
-        assert name in mixpool.timm_models.__all__
-
-
-@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"alexnet"}))
-def test_the_weights_are_the_stock_ones(name: str):
-    """Every tag of timm's, the same one by default, with the same hub id and the same preprocessing."""
-    ours, stock = (timm.models.get_arch_pretrained_cfgs(arch) for arch in (f"mixpool_{name}", name))
-    assert list(ours) == [f"mixpool_{tagged}" for tagged in stock] and len(stock) > 0
-    for tagged, cfg in stock.items():
-        mine = ours[f"mixpool_{tagged}"].to_dict()
-        assert mine.pop("architecture") == f"mixpool_{name}"
-        theirs = cfg.to_dict()
-        theirs.pop("architecture")
-        assert mine == theirs
-        assert cfg.hf_hub_id == f"timm/{tagged}" or not cfg.has_weights
-    assert timm.get_pretrained_cfg(f"mixpool_{name}").tag == timm.get_pretrained_cfg(name).tag
-
-
-def test_alexnets_weights_are_torchvisions():
-    weights = torchvision.models.AlexNet_Weights.DEFAULT
-    cfg, transform = timm.get_pretrained_cfg("mixpool_alexnet"), weights.transforms()
-    assert cfg.url == weights.url
-    assert [cfg.input_size[-1]] == transform.crop_size
-    assert round(cfg.input_size[-1] / cfg.crop_pct) == transform.resize_size[0]
-    assert cfg.interpolation == transform.interpolation.value
-    assert list(cfg.mean) == transform.mean and list(cfg.std) == transform.std
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in ARCHITECTURES])
-def test_the_architecture_is_the_stock_one(name: str):
-    """The same keys and shapes as timm's or torchvision's model of that name."""
-    model_cls, sizes = ARCHITECTURES[name]
-    base = next(cls for cls in model_cls.__mro__ if cls in (ResNet, DenseNet, AlexNet))
-    with torch.device("meta"):
-        stock = torchvision.models.alexnet() if name == "alexnet" else timm.create_model(name)
-        ours = base(**sizes)
-    expected = {key: value.shape for key, value in stock.state_dict().items()}
-    assert {key: value.shape for key, value in ours.state_dict().items()} == expected
-    modules = [
-        type(m) for m in ours.modules() if name != "alexnet" or type(m) not in (AlexNet, torchvision.models.AlexNet)
-    ]
-    theirs = [type(m) for m in stock.modules() if name != "alexnet" or type(m) is not torchvision.models.AlexNet]
-    assert modules == theirs
 
 
 # --- what timm's tests ask of every model -----------------------------------------------------------------------------
@@ -791,39 +734,3 @@ def test_aa_layer_of_the_other_models(x):
         x = torch.randn(1, 3, size, size)
         with torch.no_grad():
             assert blurred.forward_features(x).shape == plain.forward_features(x).shape
-
-
-# --- AlexNet ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [64, 224])
-def test_alexnet_is_torchvisions(size: int):
-    stock = torchvision.models.alexnet(num_classes=9).eval()
-    model = timm.create_model("mixpool_alexnet", num_classes=9, select="none")
-    plain = AlexNet(num_classes=9)
-    x = torch.randn(1, 3, size, size)
-    for other in (model, plain):
-        keys = other.load_state_dict(stock.state_dict())
-        assert not keys.missing_keys and not keys.unexpected_keys
-        assert torch.equal(outputs(other, x), outputs(stock, x))
-    stock.train()
-    plain.train()
-    torch.manual_seed(5)
-    expected = stock(x)
-    torch.manual_seed(5)
-    assert torch.equal(plain(x), expected)  # dropout at the same places, of the same rate
-
-
-def test_alexnet_keeps_its_hidden_layers_for_another_classifier(x):
-    model = AlexNet(num_classes=9).eval()
-    hidden = model.forward_head(model.forward_features(x), pre_logits=True)
-    model.reset_classifier(4)
-    assert torch.equal(model.forward_head(model.forward_features(x), pre_logits=True), hidden)
-    assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
-    assert model.get_classifier().out_features == 4
-    model.reset_classifier(0)
-    assert torch.equal(model(x), hidden)
-    with pytest.raises(ValueError, match="NCHW"):
-        model.forward_intermediates(x, output_fmt="NLC")
-    with pytest.raises(ValueError, match="global_pool"):
-        model.reset_classifier(3, "max")
