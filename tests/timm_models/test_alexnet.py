@@ -10,8 +10,10 @@ import timm.optim
 import timm.utils
 import torch
 import torchvision
+from cheap_weights import make_cheap
 from torch import Tensor, nn
 
+from mixpool.timm_models import alexnet
 from mixpool.timm_models.alexnet import AlexNet
 
 
@@ -26,7 +28,8 @@ def outputs(model: nn.Module, x: Tensor):
 
 
 @pytest.mark.parametrize("size", [64, 224])
-def test_alexnet_is_torchvisions(size: int):
+def test_alexnet_is_torchvisions(size: int, monkeypatch):
+    make_cheap(monkeypatch)
     stock = torchvision.models.alexnet(num_classes=9).eval()
     model = timm.create_model("mixpool_alexnet", num_classes=9, select="none")
     plain = AlexNet(num_classes=9)
@@ -43,7 +46,8 @@ def test_alexnet_is_torchvisions(size: int):
     assert torch.equal(plain(x), expected)  # dropout at the same places, of the same rate
 
 
-def test_alexnet_keeps_its_hidden_layers_for_another_classifier(x):
+def test_alexnet_keeps_its_hidden_layers_for_another_classifier(x, monkeypatch):
+    monkeypatch.setattr(alexnet, "HIDDEN", 128)
     model = AlexNet(num_classes=9).eval()
     hidden = model.forward_head(model.forward_features(x), pre_logits=True)
     model.reset_classifier(4)

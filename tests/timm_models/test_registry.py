@@ -55,7 +55,7 @@ def test_alexnets_weights_are_torchvisions():
     assert list(cfg.mean) == transform.mean and list(cfg.std) == transform.std
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in ARCHITECTURES])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_architecture_is_the_stock_one(name: str):
     """The same keys and shapes as timm's or torchvision's model of that name."""
     model_cls, sizes = ARCHITECTURES[name]
