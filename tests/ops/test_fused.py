@@ -50,23 +50,23 @@ CASES = [
     Case("the same in NCHW", 2, 3, 17, 22, 7, 2, 3, 1, False, "oxxooxo", False),
     Case("resnet, all max", 2, 3, 18, 21, 7, 2, 3, 1, False, "xxxxxxx", True),
     Case("resnet, all modulus, one image", 1, 3, 21, 18, 7, 2, 3, 1, False, "ooooooo", False),
-    Case("alexnet: windows at the border, rows that no window covers", 2, 3, 31, 36, 11, 4, 2, 0, False, "xo", True),
-    Case("alexnet in NCHW", 1, 3, 35, 31, 11, 4, 2, 0, False, "ox", False),
+    Case("alexnet: windows at the border, rows that no window covers", 2, 3, 27, 24, 11, 4, 2, 0, False, "xo", True),
     Case("squeezenet: ceil_mode, windows hanging over", 2, 3, 24, 25, 7, 2, 0, 0, True, "oxo", True),
     Case("googlenet: padding of the convolution, ceil_mode of the pool", 2, 3, 22, 19, 7, 2, 3, 0, True, "xo", True),
     Case("squeezenet 1.1: kernel 3, ceil_mode", 2, 3, 16, 17, 3, 2, 0, 0, True, "oxx", False),
     Case("ceil_mode and padding", 2, 3, 14, 15, 3, 2, 1, 1, True, "xox", False),
-    Case("several tiles, strips and groups", 6, 3, 31, 21, 3, 1, 1, 1, False, "xox" * 17, True),
-    Case("several tiles in NCHW", 5, 1, 33, 29, 5, 1, 2, 0, False, "xo", False),
+    # 66 columns of cells in tiles of 64, 34 and 17 channels in groups of 32 and 16; and 16 cells in strips of 14.
+    Case("several tiles and groups", 6, 3, 13, 21, 3, 1, 1, 1, False, "xox" * 17, True),
+    Case("several tiles and strips in NCHW", 5, 1, 33, 29, 5, 1, 2, 0, False, "xo", False),
     Case("four channels, even kernel, much padding", 2, 4, 13, 16, 4, 4, 6, 1, False, "xo", True),
     Case("one channel in, stride 1, no padding", 2, 1, 9, 8, 5, 1, 0, 0, False, "oox", False),
     # One value per image and channel: of 3 images eager's rounding is too much a matter of luck to compare with.
     Case("an image as small as the kernel", 12, 3, 7, 8, 7, 2, 0, 1, False, "xo", True),
     Case("one pixel", 2, 3, 1, 1, 3, 1, 1, 1, False, "xo", True),
 ]
-HALF_CASES = [CASES[i] for i in (0, 1, 4, 6)]
+HALF_CASES = CASES[:2]  # a layout each: the geometry is the same code in all dtypes
 BY_NAME = {case.name: case for case in CASES}
-SEVERAL, ONE_IN = BY_NAME["several tiles, strips and groups"], BY_NAME["one channel in, stride 1, no padding"]
+SEVERAL, ONE_IN = BY_NAME["several tiles and groups"], BY_NAME["one channel in, stride 1, no padding"]
 
 
 class Stem(NamedTuple):
@@ -211,9 +211,11 @@ def interpret_bfloat16(monkeypatch):
 # --- the pass without gradients ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("relu", (True, False), ids=("relu", "linear"))
-@pytest.mark.parametrize("blur", (1, 3))
-@pytest.mark.parametrize("case", (CASES[0], CASES[5], SEVERAL), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "blur", "relu"),
+    [(CASES[0], 1, True), (CASES[0], 3, True), (CASES[0], 3, False), (CASES[1], 1, True), (SEVERAL, 3, True)],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
+)
 def test_epilogue(case, blur, relu, interpret_bfloat16):
     stem, dtype = stem_of(case, blur, DTYPES[-1]), DTYPES[-1]
     scale = torch.randn(len(case.plan)).abs().to(DEVICE)
@@ -382,15 +384,15 @@ def test_strides_that_are_neither_layout():
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "NCHW"))
 def test_a_crop_of_a_larger_image(channels_last, interpret_bfloat16):
     """Rows that lie apart in memory and a first pixel that is not aligned."""
-    stem = stem_of(CASES[0]._replace(H=30, W=41, channels_last=channels_last), 3, DTYPES[-1])
-    crop = stem._replace(x=stem.x[:, :, 3:25, 5:37])
+    stem = stem_of(CASES[0]._replace(H=20, W=27, channels_last=channels_last), 3, DTYPES[-1])
+    crop = stem._replace(x=stem.x[:, :, 3:17, 5:24])
     copy = stem._replace(
         x=crop.x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     )
     outs = []
     for images in (crop, copy):
         _, weight, imag = images.leaves(DTYPES[-1])
-        x = images.x.to(DTYPES[-1]) if images is copy else stem.x.to(DTYPES[-1])[:, :, 3:25, 5:37]
+        x = images.x.to(DTYPES[-1]) if images is copy else stem.x.to(DTYPES[-1])[:, :, 3:17, 5:24]
         out, _ = ops.convolve_and_pool(x, weight, imag, *stem[3:6], blur=3)
         out.backward(torch.ones_like(out))
         outs.append((out.detach(), weight.grad, imag.grad))
@@ -519,19 +521,19 @@ def test_differentiating_twice_goes_through_the_reference():
         assert_close(str(i), actual / size, expected.double() / size, (1e-4, 1e-4))
 
 
-@pytest.mark.parametrize("needs", ((True, False, False), (False, True, False), (False, False, True)), ids=ids)
-def test_only_the_gradients_that_are_asked_for(needs, interpret_bfloat16):
-    stem, dtype = stem_of(CASES[0], 3, DTYPES[-1]), DTYPES[-1]
+def test_only_the_gradients_that_are_asked_for():
+    stem, dtype = stem_of(ONE_IN, 3, torch.float32), DTYPES[-1]
     upstream = upstream_of(run_reference(stem, stem.leaves(dtype)))
     everything = training_pass(run_fused, stem, dtype, upstream)
-    leaves = [leaf.detach().requires_grad_(needed) for leaf, needed in zip(stem.leaves(dtype), needs)]
-    out, moments = run_fused(stem, leaves)
-    torch.autograd.backward([out, moments], [upstream[0].to(dtype), upstream[1].float()])
     names = ("gradient of x", "gradient of weight", "gradient of weight_imag")
-    for name, leaf, needed in zip(names, leaves, needs):
-        assert (leaf.grad is not None) == needed
-        if needed:
-            assert_same_bits(name, leaf.grad, everything[name])
+    for wanted in names:
+        leaves = [leaf.detach().requires_grad_(name == wanted) for leaf, name in zip(stem.leaves(dtype), names)]
+        out, moments = run_fused(stem, leaves)
+        torch.autograd.backward([out, moments], [upstream[0].to(dtype), upstream[1].float()])
+        for name, leaf in zip(names, leaves):
+            assert (leaf.grad is not None) == (name == wanted)
+            if name == wanted:
+                assert_same_bits(name, leaf.grad, everything[name])
 
 
 def test_what_is_kept_for_the_backward_pass():
