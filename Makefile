@@ -24,7 +24,7 @@ demo: $(STAMP) ## run the demonstration; options: DEMO_ARGS="--output DIR"
 test: lint ## lint, then the whole test suite; options: TEST_ARGS="-m 'not slow' -x" TEST_PROCESSES=8
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(TEST_ARGS)
 
-test-fast: lint ## the daily loop: every test once, without those marked slow and without parameters but the first
+test-fast: lint ## the daily loop; leaves out tests marked slow (all of the fused kernels) and all parameters but a test's first
 	$(BIN)/python -m pytest --fast -n $(TEST_PROCESSES) --dist worksteal $(TEST_ARGS)
 
 lint: $(STAMP) ## ruff check and ruff format --check

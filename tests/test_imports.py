@@ -6,6 +6,8 @@ import statistics
 import subprocess
 import sys
 
+import pytest
+
 import mixpool
 
 # --- libraries --------------------------------------------------------------------------------------------------------
@@ -86,9 +88,11 @@ def import_time_ratio(statement: str, runs: int = 3) -> float:
     return statistics.median(float(run_python(code)) for _ in range(runs))
 
 
+@pytest.mark.slow
 def test_import_takes_little_more_than_torch():
     assert import_time_ratio("import mixpool") < 1.3
 
 
+@pytest.mark.slow
 def test_the_test_of_the_import_time_can_fail():
     assert import_time_ratio("import time; time.sleep(0.5 * (b - a))", runs=1) > 1.3

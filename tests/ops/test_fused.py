@@ -23,7 +23,10 @@ from mixpool.ops.fused import blocks, ops
 from mixpool.ops.fused.geometry import COLUMNS, KINDS, StemGeometry, padded_places
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # On a GPU, float32 is multiplied as TF32, which the reference does not do here (conftest.py).
 DTYPES = (torch.bfloat16, torch.float16) + (() if DEVICE == "cuda" else (torch.float32,))

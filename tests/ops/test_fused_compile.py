@@ -94,6 +94,7 @@ def test_the_defaults_on_hopper_do_not_spill() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_samples_of_other_defaults_on_hopper_do_not_spill() -> None:
     for kernels in compiled(
         "--arch 90 --stem resnet --layout NCHW --dtype float16 --only (max|modulus3).(backward,.stat|forward,.stat)",
@@ -103,6 +104,7 @@ def test_samples_of_other_defaults_on_hopper_do_not_spill() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_samples_fit_every_architecture() -> None:
     for kernels in compiled(
         "--arch 80 --stem resnet --only max.forward,.statistics|max.backward,.statistics",
@@ -119,6 +121,7 @@ def test_samples_fit_every_architecture() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_these_tests_can_fail() -> None:
     """Blocks for another GPU are too large, those for more threads spill, those that are too small use no wgmma."""
     (large,), (small,) = compiled(
