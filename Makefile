@@ -13,16 +13,19 @@ TEST_PROCESSES ?= 2
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-fast lint bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## run the demonstration; options: DEMO_ARGS="--output DIR"
 	@$(BIN)/mixpool demo $(DEMO_ARGS)
 
 test: lint ## lint, then the whole test suite; options: TEST_ARGS="-m 'not slow' -x" TEST_PROCESSES=8
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(TEST_ARGS)
+
+test-fast: lint ## the daily loop; leaves out tests marked slow (all of the fused kernels) and all parameters but a test's first
+	$(BIN)/python -m pytest --fast -n $(TEST_PROCESSES) --dist worksteal $(TEST_ARGS)
 
 lint: $(STAMP) ## ruff check and ruff format --check
 	$(BIN)/ruff check .

@@ -24,6 +24,24 @@ torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="every test that is not slow, once: with the first of its parameters"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        kept = firsts([item for item in items if item.get_closest_marker("slow") is None])
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
+
+def firsts(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The first item of every test function."""
+    return list({item.nodeid.partition("[")[0]: item for item in reversed(items)}.values())[::-1]
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random numbers in every test, whatever ran before; another seed tells noise from a bug."""

@@ -2,7 +2,8 @@
 
     python tests/offline_compile.py --arch 80 90 --stem resnet alexnet --dtype bfloat16 --layout channels_last NCHW
 
-About a second per kernel. In a process of its own: where Triton interprets (TRITON_INTERPRET=1, as in the tests), it
+Several such lists of options may follow each other, with a `+` between them; an empty line then ends each answer. About
+a second per kernel. In a process of its own: where Triton interprets (TRITON_INTERPRET=1, as in the tests), it
 cannot compile.
 """
 
@@ -182,6 +183,16 @@ def field(text: str) -> tuple[str, int]:
 
 
 def main() -> None:
+    commands = [[]]
+    for argument in sys.argv[1:]:
+        commands[-1].append(argument) if argument != "+" else commands.append([])
+    for number, arguments in enumerate(commands):
+        print(end="\n" if number else "")
+        answer(arguments)
+
+
+def answer(arguments: list[str]) -> None:
+    """Print a line of JSON for each kernel that these options name."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -195,7 +206,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[64], help="of a kind")
     parser.add_argument("--only", default="", help="a regular expression that the kernels' names contain")
     parser.add_argument("--blocks", type=field, nargs="+", default=[], metavar="FIELD=N", help="instead of the table's")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("unset TRITON_INTERPRET: where Triton interprets, it cannot compile")
     for case in itertools.product(options.arch, options.dtype, options.stem, options.layout, options.channels):

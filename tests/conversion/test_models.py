@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from cheap_weights import make_cheap
 from torch import nn
 
 import mixpool
@@ -55,17 +56,28 @@ STEMS = {
     "features.conv2 -> features.norm2 -> features.pool0.0 -> features.pool0.1": "timm/densenetblur121d",
 }
 MODELS = {model: stem for stem, models in STEMS.items() for model in models.split()}
-HUGE = ("timm/resnext101_32x16d", "timm/resnext101_32x32d")  # 194 and 469 million parameters
+# 194 and 469 million parameters, with the code of resnext101_32x8d: built with one block per stage.
+HUGE = ("timm/resnext101_32x16d", "timm/resnext101_32x32d")
 # One or two of each family: the backward pass of a mixed plan runs through the whole model.
 TRAINED = """timm/resnet18 timm/legacy_seresnet18 timm/dpn68 timm/resnetblur18 timm/res2next50
     timm/skresnet18 timm/densenet121 torchvision/resnet18 torchvision/densenet121 torchvision/googlenet
     torchvision/squeezenet1_0 torchvision/squeezenet1_1 torchvision/shufflenet_v2_x0_5""".split()
 
 
+# Those that take no image of 45 x 39 pixels.
+PARTICULAR = ("torchvision/alexnet",)
+STEMS_TRAINED: set[str] = set()  # as they print
+
+
+@pytest.fixture(autouse=True)
+def cheap_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cheap(monkeypatch)
+
+
 def build(name: str) -> nn.Module:
     source, model = name.split("/")
     if source == "timm":
-        return timm.create_model(model)
+        return timm.create_model(model, **({"layers": (1, 1, 1, 1)} if name in HUGE else {}))
     extra = {"init_weights": False} if model == "googlenet" else {}
     return torchvision.models.get_model(model, weights=None, **extra)
 
@@ -86,8 +98,18 @@ def test_the_table_is_the_census(shared_data: Path):
     assert sum(not row["tier"].startswith("D") for row in rows) == 77
 
 
-@pytest.mark.parametrize("name", [pytest.param(m, marks=pytest.mark.slow) if m in HUGE else m for m in MODELS])
+def input_of(name: str, images: int) -> torch.Tensor:
+    """Small images of odd sides, if the model is not particular about them."""
+    height, width = (256, 256) if "halonet" in name else (64, 64) if name in PARTICULAR else (45, 39)
+    return torch.randn(images, 3, height, width)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_convert_and_revert(name: str):
+    """In eval an all-max stem gives the stock model's bits under its keys, and so does the model after `revert`.
+
+    One stem of each kind (parts that print alike) also trains as the stock stem does.
+    """
     model, names = build(name), MODELS[name]
     conv_name = names.split(" -> ")[0]
     conv = model.get_submodule(conv_name)
@@ -99,12 +121,13 @@ def test_convert_and_revert(name: str):
         norm.running_var.uniform_(0.5, 2)
         assert (norm.weight < 0).any() and (norm.weight > 0).any()
     model.eval()
-    x = torch.randn(2, 3, *((256, 256) if "halonet" in name else (64, 80)))
+    x = input_of(name, 1)
     state = {key: value.clone() for key, value in model.state_dict().items()} if _is_small(model) else None
     keys, modules = list(model.state_dict()), dict(model.named_modules())
     stock = stock_stem(model, names)
     with torch.no_grad():
         expected = model(x)
+        assert expected.isfinite().all() and expected.std() > 0
 
         # All channels on max pooling: the same bits, under the same keys.
         report = mixpool.convert(model, select="none")
@@ -117,8 +140,9 @@ def test_convert_and_revert(name: str):
         assert list(restored) == keys
         if state is not None:
             assert all(torch.equal(restored[key], value) for key, value in state.items())
-    if conv.in_channels == 3:
+    if conv.in_channels == 3 and repr(stock) not in STEMS_TRAINED:
         assert_trains_as(mixed, stock)
+        STEMS_TRAINED.add(repr(stock))
 
     # The way back: the same modules, keys and bits.
     mixpool.revert(model)
@@ -134,7 +158,7 @@ def test_mixed_plan(name: str):
     model, names = build(name), MODELS[name]
     conv_name = names.split(" -> ")[0]
     state = copy.deepcopy(model.state_dict())
-    x = torch.randn(2, 3, 64, 80)
+    x = torch.randn(2, 3, 64, 72)
     model.eval()
     with torch.no_grad():
         expected = model(x)

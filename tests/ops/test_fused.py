@@ -23,7 +23,10 @@ from mixpool.ops.fused import blocks, ops
 from mixpool.ops.fused.geometry import COLUMNS, KINDS, StemGeometry, padded_places
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # On a GPU, float32 is multiplied as TF32, which the reference does not do here (conftest.py).
 DTYPES = (torch.bfloat16, torch.float16) + (() if DEVICE == "cuda" else (torch.float32,))
@@ -46,27 +49,30 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("resnet, odd sizes, mixed, one off a power of 2", 2, 3, 17, 22, 7, 2, 3, 1, False, "oxxooxo", True),
-    Case("the same in NCHW", 2, 3, 17, 22, 7, 2, 3, 1, False, "oxxooxo", False),
+    Case("resnet, odd sizes, mixed, one off a power of 2", 2, 3, 13, 22, 7, 2, 3, 1, False, "oxxooxo", True),
+    Case("the same in NCHW", 2, 3, 13, 22, 7, 2, 3, 1, False, "oxxooxo", False),
     Case("resnet, all max", 2, 3, 18, 21, 7, 2, 3, 1, False, "xxxxxxx", True),
     Case("resnet, all modulus, one image", 1, 3, 21, 18, 7, 2, 3, 1, False, "ooooooo", False),
-    Case("alexnet: windows at the border, rows that no window covers", 2, 3, 31, 36, 11, 4, 2, 0, False, "xo", True),
-    Case("alexnet in NCHW", 1, 3, 35, 31, 11, 4, 2, 0, False, "ox", False),
+    Case("alexnet: windows at the border, rows that no window covers", 2, 3, 27, 24, 11, 4, 2, 0, False, "xo", True),
     Case("squeezenet: ceil_mode, windows hanging over", 2, 3, 24, 25, 7, 2, 0, 0, True, "oxo", True),
     Case("googlenet: padding of the convolution, ceil_mode of the pool", 2, 3, 22, 19, 7, 2, 3, 0, True, "xo", True),
     Case("squeezenet 1.1: kernel 3, ceil_mode", 2, 3, 16, 17, 3, 2, 0, 0, True, "oxx", False),
     Case("ceil_mode and padding", 2, 3, 14, 15, 3, 2, 1, 1, True, "xox", False),
-    Case("several tiles, strips and groups", 6, 3, 31, 21, 3, 1, 1, 1, False, "xox" * 17, True),
-    Case("several tiles in NCHW", 5, 1, 33, 29, 5, 1, 2, 0, False, "xo", False),
+    # 66 columns of cells in tiles of 64, 34 and 17 channels in groups of 32 and 16; and 16 cells in strips of 14.
+    Case("several tiles and groups", 6, 3, 7, 21, 3, 1, 1, 1, False, "xox" * 17, True),
+    Case("several tiles and strips in NCHW", 5, 1, 33, 29, 3, 1, 1, 0, False, "xo", False),
     Case("four channels, even kernel, much padding", 2, 4, 13, 16, 4, 4, 6, 1, False, "xo", True),
     Case("one channel in, stride 1, no padding", 2, 1, 9, 8, 5, 1, 0, 0, False, "oox", False),
     # One value per image and channel: of 3 images eager's rounding is too much a matter of luck to compare with.
     Case("an image as small as the kernel", 12, 3, 7, 8, 7, 2, 0, 1, False, "xo", True),
     Case("one pixel", 2, 3, 1, 1, 3, 1, 1, 1, False, "xo", True),
 ]
-HALF_CASES = [CASES[i] for i in (0, 1, 4, 6)]
 BY_NAME = {case.name: case for case in CASES}
-SEVERAL, ONE_IN = BY_NAME["several tiles, strips and groups"], BY_NAME["one channel in, stride 1, no padding"]
+SEVERAL, ONE_IN = BY_NAME["several tiles and groups"], BY_NAME["one channel in, stride 1, no padding"]
+
+
+def name_of(value: object) -> str:
+    return value.name if isinstance(value, Case) else str(value)
 
 
 class Stem(NamedTuple):
@@ -170,8 +176,15 @@ def check(case: Case, blur: int, dtype: torch.dtype) -> None:
     assert_as_good(fused, eager, truth, dtype)
 
 
+def with_centers(case: Case) -> Case:
+    """The case for blur=1, whose modulus has kernels of its own: without max channels, whose kernels are the same."""
+    return case if case is CASES[0] else case._replace(plan=case.plan.replace("x", ""))
+
+
 # blur=1 is the reference's where a centre may lie outside of the map
-RUNS = [(case, blur) for case in CASES for blur in (1, 3) if not (blur == 1 and case.ceil and case.pp == 1)]
+RUNS = [(case, 3) for case in CASES] + [
+    (with_centers(case), 1) for case in CASES if "o" in case.plan and not (case.ceil and case.pp == 1)
+]
 
 
 @pytest.mark.parametrize(("case", "blur"), RUNS, ids=[f"{case.name}-{blur}" for case, blur in RUNS])
@@ -179,10 +192,12 @@ def test_output_statistics_and_gradients(case, blur, interpret_bfloat16):
     check(case, blur, DTYPES[-1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2] if DEVICE == "cpu" else DTYPES[:1], ids=ids)
+# A layout each, and the geometry is the same code in all dtypes.
 @pytest.mark.parametrize("blur", (1, 3))
-@pytest.mark.parametrize("case", HALF_CASES, ids=[case.name for case in HALF_CASES])
-def test_output_statistics_and_gradients_in_half_precision(case, blur, dtype, interpret_bfloat16):
+@pytest.mark.parametrize(
+    ("case", "dtype"), list(zip(CASES, DTYPES[:2] if DEVICE == "cpu" else DTYPES[:1])), ids=name_of
+)
+def test_output_statistics_and_gradients_in_half_precision(case, dtype, blur, interpret_bfloat16):
     check(case, blur, dtype)
 
 
@@ -211,9 +226,11 @@ def interpret_bfloat16(monkeypatch):
 # --- the pass without gradients ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("relu", (True, False), ids=("relu", "linear"))
-@pytest.mark.parametrize("blur", (1, 3))
-@pytest.mark.parametrize("case", (CASES[0], CASES[5], SEVERAL), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "blur", "relu"),
+    [(CASES[0], 1, True), (CASES[0], 3, True), (CASES[0], 3, False), (SEVERAL, 3, True)],
+    ids=name_of,
+)
 def test_epilogue(case, blur, relu, interpret_bfloat16):
     stem, dtype = stem_of(case, blur, DTYPES[-1]), DTYPES[-1]
     scale = torch.randn(len(case.plan)).abs().to(DEVICE)
@@ -382,15 +399,15 @@ def test_strides_that_are_neither_layout():
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "NCHW"))
 def test_a_crop_of_a_larger_image(channels_last, interpret_bfloat16):
     """Rows that lie apart in memory and a first pixel that is not aligned."""
-    stem = stem_of(CASES[0]._replace(H=30, W=41, channels_last=channels_last), 3, DTYPES[-1])
-    crop = stem._replace(x=stem.x[:, :, 3:25, 5:37])
+    stem = stem_of(CASES[0]._replace(H=20, W=27, channels_last=channels_last), 3, DTYPES[-1])
+    crop = stem._replace(x=stem.x[:, :, 3:17, 5:24])
     copy = stem._replace(
         x=crop.x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     )
     outs = []
     for images in (crop, copy):
         _, weight, imag = images.leaves(DTYPES[-1])
-        x = images.x.to(DTYPES[-1]) if images is copy else stem.x.to(DTYPES[-1])[:, :, 3:25, 5:37]
+        x = images.x.to(DTYPES[-1]) if images is copy else stem.x.to(DTYPES[-1])[:, :, 3:17, 5:24]
         out, _ = ops.convolve_and_pool(x, weight, imag, *stem[3:6], blur=3)
         out.backward(torch.ones_like(out))
         outs.append((out.detach(), weight.grad, imag.grad))
@@ -432,10 +449,11 @@ def test_two_runs_give_the_same_bits(blur):
         assert_same_bits(name, first[name], second[name])
 
 
-@pytest.mark.parametrize("relu", (True, False), ids=("relu", "linear"))
+@pytest.mark.parametrize(
+    ("size", "relu"), (((2, 7, 5, 6), True), ((3, 70, 17, 19), True), ((2, 7, 5, 6), False)), ids=ids
+)
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "NCHW"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("size", ((2, 7, 5, 6), (3, 70, 17, 19)), ids=ids)
 def test_affine_relu(size, dtype, channels_last, relu, interpret_bfloat16):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(size).to(dtype).to(DEVICE, memory_format=layout)
@@ -519,19 +537,19 @@ def test_differentiating_twice_goes_through_the_reference():
         assert_close(str(i), actual / size, expected.double() / size, (1e-4, 1e-4))
 
 
-@pytest.mark.parametrize("needs", ((True, False, False), (False, True, False), (False, False, True)), ids=ids)
-def test_only_the_gradients_that_are_asked_for(needs, interpret_bfloat16):
-    stem, dtype = stem_of(CASES[0], 3, DTYPES[-1]), DTYPES[-1]
+def test_only_the_gradients_that_are_asked_for():
+    stem, dtype = stem_of(ONE_IN, 3, torch.float32), DTYPES[-1]
     upstream = upstream_of(run_reference(stem, stem.leaves(dtype)))
     everything = training_pass(run_fused, stem, dtype, upstream)
-    leaves = [leaf.detach().requires_grad_(needed) for leaf, needed in zip(stem.leaves(dtype), needs)]
-    out, moments = run_fused(stem, leaves)
-    torch.autograd.backward([out, moments], [upstream[0].to(dtype), upstream[1].float()])
     names = ("gradient of x", "gradient of weight", "gradient of weight_imag")
-    for name, leaf, needed in zip(names, leaves, needs):
-        assert (leaf.grad is not None) == needed
-        if needed:
-            assert_same_bits(name, leaf.grad, everything[name])
+    for wanted in names:
+        leaves = [leaf.detach().requires_grad_(name == wanted) for leaf, name in zip(stem.leaves(dtype), names)]
+        out, moments = run_fused(stem, leaves)
+        torch.autograd.backward([out, moments], [upstream[0].to(dtype), upstream[1].float()])
+        for name, leaf in zip(names, leaves):
+            assert (leaf.grad is not None) == (name == wanted)
+            if name == wanted:
+                assert_same_bits(name, leaf.grad, everything[name])
 
 
 def test_what_is_kept_for_the_backward_pass():
@@ -621,10 +639,10 @@ def test_flops_are_those_of_the_convolutions(blur):
     from torch.utils.flop_counter import FlopCounterMode
 
     stem = stem_of(CASES[0], blur, torch.float32)
-    rows, columns = (17 + 6 - 7) // 2 + 1, (22 + 6 - 7) // 2 + 1
+    rows, columns = (13 + 6 - 7) // 2 + 1, (22 + 6 - 7) // 2 + 1
     per_position = 2 * 7 * 7 * 3
     dense = 2 * rows * columns
-    pooled = 2 * 5 * 6
+    pooled = 2 * 4 * 6
     modulus = 4 * 2 * (pooled if blur == 1 else dense)
     with FlopCounterMode(display=False) as counter:
         out, _ = run_fused(stem, stem.leaves(torch.float32))

@@ -44,13 +44,15 @@ ALLOWED_SPILLS = {
 }
 
 
-def compiled(*arguments: str) -> list[dict]:
-    """What offline_compile.py prints."""
+def compiled(*commands: str) -> list[list[dict]]:
+    """What offline_compile.py prints for each list of options, all in one process: to start one takes seconds."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(offline_compile.__file__)), *arguments]
+    command = [sys.executable, str(Path(offline_compile.__file__)), *" + ".join(commands).split()]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
-    return [json.loads(line) for line in process.stdout.splitlines()]
+    answers = [[json.loads(line) for line in answer.splitlines()] for answer in process.stdout.split("\n\n")]
+    assert len(answers) == len(commands) and all(answers), "no kernel is named so"
+    return answers
 
 
 def faults(found: dict) -> list[str]:
@@ -82,31 +84,29 @@ def report(kernels: list[dict], *checks) -> list[str]:
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("stem, only", [("resnet", ""), ("alexnet", r"(max|modulus\d) (forward|backward(, stat|$))")])
-def test_the_defaults_on_hopper_do_not_spill(stem: str, only: str) -> None:
-    kernels = compiled("--arch", "90", "--stem", stem, "--only", only)
-    assert len({k["kernel"] for k in kernels}) == (15 if only else 32)
-    assert not report(kernels, faults, spills)
+def test_the_defaults_on_hopper_do_not_spill() -> None:
+    resnet, alexnet = compiled(
+        "--arch 90 --stem resnet",
+        r"--arch 90 --stem alexnet --only (max|modulus\d).(forward|backward(,.stat|$))",
+    )
+    assert (len({k["kernel"] for k in resnet}), len({k["kernel"] for k in alexnet})) == (32, 15)
+    assert not report(resnet + alexnet, faults, spills)
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "arguments",
-    [
+@pytest.mark.slow
+def test_samples_of_other_defaults_on_hopper_do_not_spill() -> None:
+    for kernels in compiled(
         "--arch 90 --stem resnet --layout NCHW --dtype float16 --only (max|modulus3).(backward,.stat|forward,.stat)",
         "--arch 90 --stem alexnet --layout NCHW --only modulus3.(backward|forward,.inf)$",
-    ],
-)
-def test_samples_of_other_defaults_on_hopper_do_not_spill(arguments: str) -> None:
-    kernels = compiled(*arguments.split())
-    assert kernels
-    assert not report(kernels, faults, spills)
+    ):
+        assert not report(kernels, faults, spills)
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "arguments",
-    [
+@pytest.mark.slow
+def test_samples_fit_every_architecture() -> None:
+    for kernels in compiled(
         "--arch 80 --stem resnet --only max.forward,.statistics|max.backward,.statistics",
         "--arch 80 --stem alexnet --dtype float32 --only modulus3.backward$",
         "--arch 89 --stem alexnet --only modulus1.backward$",
@@ -116,22 +116,20 @@ def test_samples_of_other_defaults_on_hopper_do_not_spill(arguments: str) -> Non
         "--arch 100 --stem resnet --only max.forward,.statistics|modulus3.backward$",
         "--arch 120 --stem squeezenet --only modulus3.backward$",
         "--arch 90 --stem shufflenet cifar --channels 32 --only max.forward,.inference",
-    ],
-)
-def test_samples_fit_every_architecture(arguments: str) -> None:
-    kernels = compiled(*arguments.split())
-    assert kernels
-    assert not report(kernels, faults)
+    ):
+        assert not report(kernels, faults)
 
 
 @needs_triton
+@pytest.mark.slow
 def test_these_tests_can_fail() -> None:
     """Blocks for another GPU are too large, those for more threads spill, those that are too small use no wgmma."""
-    (kernel,) = compiled("--arch", "89", "--only", "modulus3 backward$", "--blocks", "rows=128", "num_warps=4")
-    assert any("the architecture has" in fault for fault in faults(kernel))
-    assert spills(kernel)
-    (kernel,) = compiled("--only", "max backward$", "--blocks", "group=16")
-    assert "no wgmma" in faults(kernel)
+    (large,), (small,) = compiled(
+        "--arch 89 --only modulus3.backward$ --blocks rows=128 num_warps=4", "--only max.backward$ --blocks group=16"
+    )
+    assert any("the architecture has" in fault for fault in faults(large))
+    assert spills(large)
+    assert "no wgmma" in faults(small)
 
 
 @pytest.mark.parametrize("arch", offline_compile.SHARED_MEMORY)

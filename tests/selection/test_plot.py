@@ -1,4 +1,4 @@
-"""Figures: what they show can be read off their artists, and files come out in the format asked for."""
+"""The figure of a filter bank: what it shows can be read off its artists."""
 
 import math
 
@@ -7,7 +7,6 @@ import torch
 from matplotlib.patches import Ellipse, Rectangle
 from PIL import Image
 
-from mixpool.evaluation.demo_plot import plot_demo
 from mixpool.figures import MODULUS_COLOR, save_figure
 from mixpool.filters.gabor import gabor_bank
 from mixpool.selection.plot import filter_tiles, plot_filter_bank
@@ -68,36 +67,3 @@ def test_a_weight_of_another_plan_is_an_error():
 def testfilter_tiles_put_zero_at_mid_gray():
     tiles = filter_tiles(torch.stack([torch.zeros(3, 3, 3), torch.eye(3).expand(3, 3, 3)]))
     assert (tiles[0] == 0.5).all() and tiles[1].max() == 1 and tiles[1].min() == 0.5
-
-
-def demo_figure():
-    maps = {name: (torch.rand(56, 56), torch.rand(56, 56)) for name in ("max pooling", "mixpool")}
-    curves = {name: [0.1 * i, 0.2 * i] for i, name in enumerate(["max pooling", "BlurPool", "CMod", "mixpool"], 1)}
-    kernel = torch.complex(torch.randn(3, 7, 7), torch.randn(3, 7, 7))
-    return plot_demo(
-        torch.rand(3, 64, 64), kernel, maps, curves, [1, 2], title="T", subtitle="S", channel=7, num_swapped=9
-    )
-
-
-def test_demo_draws_its_data():
-    figure = demo_figure()
-    curves = {line.get_label(): line.get_ydata() for line in figure.axes[-1].lines}
-    assert list(curves["mixpool"]) == [0, 0.4, 0.8] and set(curves) == {"max pooling", "BlurPool", "CMod", "mixpool"}
-    texts = [text.get_text() for text in figure.texts]
-    assert "T" in texts and "S" in texts and "filter 7: W + iV" in texts
-
-
-def test_demo_leaves_nothing_outside_the_picture():
-    figure = demo_figure()
-    figure.canvas.draw()
-    box = figure.get_tightbbox()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= 10 and box.y1 <= figure.get_figheight()
-
-
-def test_formats(tmp_path):
-    figure = demo_figure()
-    assert png_size(save_figure(figure, tmp_path / "small.png", dpi=80)) == (800, 384)
-    assert save_figure(figure, tmp_path / "bare").name == "bare.png"
-    assert (save_figure(figure, tmp_path / "v.svg")).read_text().startswith("<?xml")
-    with pytest.raises(ValueError, match=r"\*\.png"):
-        save_figure(figure, tmp_path / "x.xyz")

@@ -215,33 +215,7 @@ def test_any_kernel_stride_and_window(shape, stride, window):
     assert all(values.isfinite().all() and values.dtype == torch.float64 for values in stats)
 
 
-# --- FilterStats ------------------------------------------------------------------------------------------------------
-
-
-def test_stats_carry_the_predictions():
-    weight = bank([0.7, 1.7])
-    stats = analyze(torch.nn.Parameter(weight), 2)
-    expected = predict(weight, 2)
-    assert torch.equal(stats.predicted_gap, expected.gap)
-    assert torch.equal(stats.predicted_correlation_blur1, expected.correlation_blur1)
-    assert torch.equal(stats.predicted_correlation_blur3, expected.correlation_blur3)
-    assert torch.equal(stats.predicted_instability_max, expected.instability_max[0])
-    assert torch.equal(stats.predicted_instability_blur1, expected.instability_blur1[0])
-    assert torch.equal(stats.predicted_instability_blur3, expected.instability_blur3[0])
-    assert stats.predicted is stats.predicted, "computed once"
-    window = analyze(weight, 2, window=2)
-    assert torch.equal(window.predicted_gap, predict(weight, 2, window=2).gap)
-    assert not torch.equal(window.predicted_gap, stats.predicted_gap)
-
-
-def test_stats_keep_the_weights_they_describe():
-    conv = torch.nn.Conv2d(3, 4, 5, 2)
-    stats = analyze(conv)
-    before = stats.weight.clone()
-    with torch.no_grad():
-        conv.weight.zero_()
-    assert torch.equal(stats.weight, before) and not stats.weight.requires_grad
-    assert stats.kernel_size == (5, 5)
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def test_fast_enough_to_be_asked_for():
@@ -271,8 +245,3 @@ def test_fast_enough_to_be_asked_for():
 def test_errors_name_what_came(arguments, message):
     with pytest.raises(ValueError, match=message):
         predict(**{"weight": torch.randn(2, 3, 7, 7), "stride": 2} | arguments)
-
-
-def test_analyze_refuses_other_windows():
-    with pytest.raises(ValueError, match="expected a pooling window of 2 or 3, got 5"):
-        analyze(torch.randn(2, 3, 7, 7), 2, window=5)

@@ -68,6 +68,7 @@ def test_the_script_knows_the_models_and_gets_its_arguments(script):
     ]
 
 
+@pytest.mark.slow
 def test_without_the_launcher_the_model_is_unknown(script):
     done = launch(script, "--model", "mixpool_resnet18", module="")
     assert done.returncode == 1 and "Unknown model" in done.stderr
