@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import figures, markdown, tables
+from benchmarks.kit import figures, markdown, tables
 from mixpool import records
 
 
@@ -33,13 +33,13 @@ def test_a_broken_line_is_named(tmp_path):
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: str(page.relative_to(tables.ROOT)))
 def test_tables_are_up_to_date(page):
     text = page.read_text()
-    assert tables.filled(text) == text, "run python -m benchmarks.tables"
+    assert tables.filled(text) == text, "run python -m benchmarks.kit.tables"
     assert "table:" in text
 
 
 def test_what_the_fused_path_knows_of_speeds_is_what_was_measured():
     if tables.MEASURED.parent.is_dir():
-        assert tables.MEASURED.read_text() == tables.measured(), "run python -m benchmarks.tables"
+        assert tables.MEASURED.read_text() == tables.measured(), "run python -m benchmarks.kit.tables"
     assert tables.stale() == []
 
 
@@ -68,7 +68,7 @@ def test_figures_are_up_to_date(tmp_path):
             # Another matplotlib or FreeType may move a line by a pixel, but not change the picture.
             assert new.size == old.size
             difference = np.abs(np.asarray(new.convert("RGB"), float) - np.asarray(old.convert("RGB"), float))
-            assert difference.mean() < 2, f"{path.name}: run python -m benchmarks.figures"
+            assert difference.mean() < 2, f"{path.name}: run python -m benchmarks.kit.figures"
 
 
 def test_the_claims_of_the_theorys_page():

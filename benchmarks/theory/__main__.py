@@ -11,9 +11,10 @@ import argparse
 
 from rich.progress import track
 
-from benchmarks.sample import RECORDS, shared_folder
+from benchmarks.kit.sample import shared_folder
+from benchmarks.kit.store import RECORDS
 from benchmarks.theory.experiment import run_experiment
-from benchmarks.theory.table import summary_text
+from benchmarks.theory.tables import summary_text
 from mixpool import records
 from mixpool.evaluation.photos import load_images
 from mixpool.selection.predict import predict

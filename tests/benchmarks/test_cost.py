@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cost, cost_count, cost_models, cost_time, tables_cost, timing
-from benchmarks.cost_models import (
+from benchmarks.cost import count as cost_count
+from benchmarks.cost import models as cost_models
+from benchmarks.cost import run as cost
+from benchmarks.cost import tables as tables_cost
+from benchmarks.cost import times as cost_time
+from benchmarks.cost.models import (
     BLUR_STEM,
     CMOD,
     NETWORKS,
@@ -20,9 +24,10 @@ from benchmarks.cost_models import (
     random_images,
     variants_of,
 )
-from benchmarks.cost_time import Case, growth_cases, run_cases, time_cases
-from benchmarks.store import NOT_RUN, Store
-from benchmarks.timing import Budget
+from benchmarks.cost.times import Case, growth_cases, run_cases, time_cases
+from benchmarks.kit import timing
+from benchmarks.kit.store import NOT_RUN, Store
+from benchmarks.kit.timing import Budget
 from mixpool import MixPoolStem, records
 
 

@@ -12,25 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import (
-    gpu,
-    gpu_checks,
-    gpu_models,
-    gpu_stem,
-    gpu_summary,
-    gpu_tune,
-    markdown,
-    roofline,
-    stems,
-    store,
-    tables,
-    tables_gpu,
-    timing,
-)
-from benchmarks.gpu_stem import Case, cases_of
-from benchmarks.roofline import floor_of
-from benchmarks.stems import ALEXNET, MAX, MIX, MODULUS1, MODULUS3, RESNET
-from benchmarks.timing import Budget
+from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu import models as gpu_models
+from benchmarks.gpu import roofline
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu import stem as gpu_stem
+from benchmarks.gpu import summary as gpu_summary
+from benchmarks.gpu import tables as tables_gpu
+from benchmarks.gpu import tune as gpu_tune
+from benchmarks.gpu.roofline import floor_of
+from benchmarks.gpu.stem import Case, cases_of
+from benchmarks.kit import markdown, stems, store, tables, timing
+from benchmarks.kit.stems import ALEXNET, MAX, MIX, MODULUS1, MODULUS3, RESNET
+from benchmarks.kit.timing import Budget
 from mixpool import records
 from mixpool.ops import backend
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import command, partner, run
+from benchmarks import __main__ as run
+from benchmarks.kit import command
+from benchmarks.selecting import partner
 from mixpool import records
 from mixpool.filters import gabor
 

@@ -1,0 +1,104 @@
+"""The analytic partner on real filters: how well CMod follows max pooling, and how much energy is on the wrong side.
+
+    python -m benchmarks.selecting.partner   about 2 minutes; writes records/partner.jsonl
+
+Correlation of CMod (blur=1 and 3, raw: no fit, no activation) with RMax over the 500 photos, for SqueezeNet's
+band-pass channels above and below 1.2 rad/px, with the prior-weighted partner, the cropped Hilbert partner and the
+exact directional Hilbert transform of the responses' filters (a 31 x 31 kernel).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor
+
+from benchmarks.kit import command
+from benchmarks.kit.sample import photos, shifted, squeezenet
+from benchmarks.kit.store import RECORDS
+from mixpool import analytic_partner, analyze, hilbert_partner, records
+from mixpool.filters import spectrum as filters
+from mixpool.filters.partner import wrong_side_energy
+from mixpool.ops.geometry import ConvGeometry, PoolGeometry, centers_are_inside
+from mixpool.ops.reference import lowpass_pool, max_pool, modulus
+
+CONV = ConvGeometry((2, 2))
+POOL = PoolGeometry((3, 3), (2, 2), (0, 0), True)
+
+
+def padded(weight: Tensor, size: int) -> Tensor:
+    """The kernel with zeros around, so that a partner may have more taps."""
+    margin = (size - weight.shape[-1]) // 2
+    return F.pad(weight, (margin,) * 4)
+
+
+def partner_by_image_prior(weight: Tensor, direction: Tensor) -> Tensor:
+    """The partner fitted under the images' own prior instead of the steeper one."""
+    steeper = filters.partner_prior
+    filters.partner_prior = filters.natural_image_prior
+    try:
+        return analytic_partner(weight, direction)
+    finally:
+        filters.partner_prior = steeper
+
+
+@torch.no_grad()
+def main() -> None:
+    images = shifted(photos()[0])
+    weight = squeezenet().features[0].weight.data
+    stats = analyze(weight, 2)
+    direction = stats.center_frequency
+    partners = {
+        "prior-weighted 7x7": (weight, analytic_partner(weight, direction)),
+        "prior-weighted 7x7, prior 1/(xi^2 + 0.02^2)": (weight, partner_by_image_prior(weight, direction)),
+        "cropped Hilbert 7x7": (weight, hilbert_partner(weight, direction)),
+        "prior-weighted 9x9": (padded(weight, 9), analytic_partner(padded(weight, 9), direction)),
+        "cropped Hilbert 31x31": (padded(weight, 31), hilbert_partner(padded(weight, 31), direction)),
+    }
+    sums = {(name, blur): torch.zeros(5, 96, dtype=torch.float64) for name in partners for blur in (1, 3)}
+    count = 0
+    assert centers_are_inside(POOL)
+    for batch in track(images.split(25), "photos"):
+        rmax = max_pool(F.conv2d(batch, weight, None, CONV.stride), POOL).double()
+        count += rmax.numel() // 96
+        for name, (real, imag) in partners.items():
+            pad = (real.shape[-1] - 7) // 2
+            z = F.conv2d(batch, torch.cat([real, imag]), None, CONV.stride, pad)
+            envelope = modulus(z)
+            for blur, pooled in ((1, envelope[..., 1::2, 1::2]), (3, lowpass_pool(envelope, POOL))):
+                cmod = pooled[..., : rmax.shape[-2], : rmax.shape[-1]].double()
+                products = (rmax, cmod, rmax * rmax, cmod * cmod, rmax * cmod)
+                sums[name, blur] += torch.stack([product.sum(dim=(0, 2, 3)) for product in products])
+    band_pass = stats.dc_share < 0.05
+    high = stats.frequency > 1.2
+    results = []
+    for (name, blur), total in sums.items():
+        x, y, xx, yy, xy = total / count
+        correlation = (xy - x * y) / ((xx - x * x) * (yy - y * y)).sqrt()
+        wrong = wrong_side_energy(*partners[name], direction)
+        means = {
+            "above_1.2": correlation[band_pass & high].mean().item(),
+            "up_to_1.2": correlation[band_pass & ~high].mean().item(),
+        }
+        print(f"{name}, blur={blur}: correlation with RMax {means['above_1.2']:.3f} / {means['up_to_1.2']:.3f}")
+        results.append(
+            records.stamp(
+                "partner",
+                filters="squeezenet1_0",
+                partner=name,
+                blur=blur,
+                num_images=len(images),
+                channels={"above_1.2": int((band_pass & high).sum()), "up_to_1.2": int((band_pass & ~high).sum())},
+                correlation_with_rmax=means,
+                wrong_side_energy_median={
+                    "above_1.2": wrong[band_pass & high].median().item(),
+                    "up_to_1.2": wrong[band_pass & ~high].median().item(),
+                },
+            )
+        )
+    records.write(RECORDS / "partner.jsonl", results)
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__)
