@@ -1,38 +1,32 @@
-"""All measurements of this package, then the tables and the figures: `python -m benchmarks [NAME ...]`.
+"""The measurements that a CPU can repeat within hours, then all tables and figures: `make bench`.
 
-Those that need a GPU are a command of their own, `python -m benchmarks.gpu`.
+    python -m benchmarks [NAME ...]     default: all
+
+Each is a command of its own, `python -m benchmarks.NAME`. Trainings (`benchmarks.pretrained`, `benchmarks.cifar10`)
+and what needs a GPU (`benchmarks.gpu`) are not among them.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import subprocess
+import sys
 
-from benchmarks.kit import figures, tables
+from benchmarks.kit.store import ROOT
 
-NAMES = (
-    "selecting.models",
-    "selecting.partner",
-    "selecting.image_model",
-    "selecting.prediction",
-    "selecting.selection",
-    "pretrained.squeezenet",
-    "theory",
-    "cost.stem",
-    "cost",
-    "peers",
-    "pretrained.evaluation",
-)
+MEASUREMENTS = ("selecting", "theory", "pretrained.squeezenet", "pretrained.evaluation", "cost", "peers")
+LAST = ("kit.tables", "kit.figures")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], default=NAMES, help="default: all")
-    for name in parser.parse_args().names:
-        print(f"== {name}")
-        importlib.import_module(f"benchmarks.{name}").main()
-    tables.write()
-    figures.draw()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASUREMENTS)}")
+    names = parser.parse_args().names or MEASUREMENTS
+    if unknown := [name for name in names if name not in MEASUREMENTS]:
+        parser.error(f"expected names out of {', '.join(MEASUREMENTS)}, got {', '.join(unknown)}")
+    for name in (*names, *LAST):
+        print(f"== {name}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,3 @@ def main() -> None:
     missing = [row for row in queue if not has_record(row)]
     print(f"{len(missing)} of {len(queue)} runs have no record yet")
     run_each("benchmarks.cifar10", missing, output, options.processes)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,22 @@ from benchmarks.cifar10.variants import MAIN, TABLES
 from benchmarks.kit.markdown import origins, read, table
 from benchmarks.kit.store import RECORDS
 
+# The tables, by the names that pages call them.
+__all__ = [
+    "cifar10",
+    "cifar10_float32",
+    "cifar10_30_float32",
+    "cifar10_later",
+    "cifar10_bound",
+    "cifar10_straight",
+    "cifar10_designs",
+    "cifar10_designs_float32",
+    "cifar10_full",
+    "cifar10_alexnet",
+    "cifar10_first",
+    "cifar10_short",
+]
+
 NOT_RUN = "Not run yet."
 BRACKETS = "in brackets the lowest and the highest seed; with one seed, the 95 % interval over the images"
 DIRECTIONS = {"h": "horizontal", "v": "vertical", "d": "diagonal"}

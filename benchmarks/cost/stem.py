@@ -1,6 +1,4 @@
-"""Time of stems on this CPU, side by side in one run, interleaved; ratios to the stock stem.
-
-    python -m benchmarks.cost.stem                about 3 minutes; writes records/cpu.jsonl
+"""Time of stems on this CPU, side by side in one run, interleaved; ratios to the stock stem. About 3 minutes.
 
 ResNet-18's stem with a Gabor bank, batch 16, 224 x 224, float32, NCHW and channels_last; the forward pass in evaluation
 and, in training, forward and backward for the weights.
@@ -13,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.kit import command, timing
+from benchmarks.kit import timing
 from benchmarks.kit.stems import RESNET, StemShape, backend_option, images, stem_parts, stock_stem
-from benchmarks.kit.store import RECORDS
+from benchmarks.kit.store import Store
 from mixpool import MixPoolStem, records
 
 MIXPOOL: dict[str, dict[str, Any]] = {
@@ -26,6 +24,7 @@ MIXPOOL: dict[str, dict[str, Any]] = {
     "mixpool auto, max_blur=3": {"select": "auto", "max_blur": 3},
 }
 PROVIDERS = ("stock", *MIXPOOL, "timm BlurPool")
+BATCH = 16
 ROUNDS = {"forward": 41, "full": 15}
 
 
@@ -64,8 +63,16 @@ def _format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
+def _record(
+    shape: StemShape, provider: str, mode: str, layout: str, batch: int, num_modulus: int = 0, **fields
+) -> dict[str, Any]:
+    params = shape.params(batch) | {"num_modulus": num_modulus}
+    what = {"case": shape.name, "provider": provider, "mode": mode, "dtype": "float32", "layout": layout}
+    return records.stamp("speed", **what, params=params, **fields)
+
+
 def compare(
-    layout: str, mode: str, rounds: int, shape: StemShape = RESNET, batch: int = 16, providers=PROVIDERS
+    layout: str, mode: str, rounds: int, shape: StemShape = RESNET, batch: int = BATCH, providers=PROVIDERS
 ) -> list[dict[str, Any]]:
     """The records of all providers in one layout and one pass."""
     x = images(shape, batch, "float32", layout=layout)
@@ -74,14 +81,13 @@ def compare(
     samples = timing.interleave(calls, rounds, 1, "cpu")
     results = []
     for name, stem in stems.items():
-        record = records.stamp(
-            "speed",
-            case=shape.name,
-            provider=name,
-            mode=mode,
-            dtype="float32",
-            layout=layout,
-            params=shape.params(batch) | {"num_modulus": getattr(stem, "num_modulus", 0)},
+        record = _record(
+            shape,
+            name,
+            mode,
+            layout,
+            batch,
+            num_modulus=getattr(stem, "num_modulus", 0),
             ms=timing.milliseconds(samples[name]),
             # Within each round both ran under the same load of the machine.
             ratio_to_stock=timing.ratio(samples[name], samples["stock"]),
@@ -96,13 +102,12 @@ def compare(
     return results
 
 
-def main() -> None:
-    results = []
+def run_stem(store: Store, *, again: bool = False) -> None:
+    """All layouts and passes; what the store has from these sources is measured again only if told so."""
     for mode, rounds in ROUNDS.items():
         for layout in ("NCHW", "channels_last"):
-            results += compare(layout, mode, rounds)
-    records.write(RECORDS / "cpu.jsonl", results)
-
-
-if __name__ == "__main__":
-    command.run(main, __doc__)
+            if not again and all(store.has(_record(RESNET, name, mode, layout, BATCH)) for name in PROVIDERS):
+                continue
+            found = compare(layout, mode, rounds)
+            store.drop(lambda record, of=(mode, layout): (record["mode"], record["layout"]) == of)
+            store.add(*found)

@@ -8,6 +8,16 @@ from benchmarks.cost.models import SUBJECTS, VARIANTS
 from benchmarks.kit.markdown import machine_line, read, table
 from benchmarks.kit.store import NOT_RUN, RECORDS
 
+# The tables, by the names that pages call them.
+__all__ = [
+    "cost_count",
+    "cost_short",
+    "cost_time",
+    "cost_growth",
+    "speed",
+    "speed_training",
+]
+
 EMPTY = "Not run yet."
 OTHERS = tuple(name for name in VARIANTS if name != "stock")
 
@@ -140,3 +150,34 @@ def _with_lines(text: str, found: Iterable[dict]) -> str:
 def _read(kind: str) -> list[dict]:
     path = RECORDS / "cost.jsonl"
     return [record for record in read("cost", RECORDS) if record["kind"] == kind] if path.exists() else []
+
+
+def speed() -> str:
+    return _speed_of("forward")
+
+
+def speed_training() -> str:
+    return _speed_of("full")
+
+
+def _speed_of(mode: str) -> str:
+    """One pass: a row per stem, a pair of columns per layout."""
+    found = [record for record in read("cpu") if record["mode"] == mode]
+    rows = []
+    for record in (r for r in found if r["layout"] == "NCHW"):
+        cells = [record["provider"], f"{record['params']['num_modulus']} of {record['params']['C_out']}"]
+        for layout in ("NCHW", "channels_last"):
+            same = next(r for r in found if r["layout"] == layout and r["provider"] == record["provider"])
+            ratio = same["ratio_to_stock"]
+            cells.append(f"{same['ms']['p50']:.0f}")
+            cells.append(f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})")
+        rows.append(cells)
+    header = [
+        "stem",
+        "modulus channels",
+        "NCHW ms",
+        "NCHW, times stock",
+        "channels_last ms",
+        "channels_last, times stock",
+    ]
+    return table(header, rows) + "\n\n" + machine_line(found[0])

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cost.models import BLUR_STEM, NETWORKS, STEMS, TIMM_AA, build, random_images, variants_of
-from benchmarks.gpu.stem import release, rounded
 from benchmarks.kit import timing
 from benchmarks.kit.stems import Unavailable
 from benchmarks.kit.store import NOT_RUN, Store
-from benchmarks.kit.timing import Budget
+from benchmarks.kit.timing import Budget, release, rounded
 from mixpool import records
 
 MODES = ("forward", "training")

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.stem import Case, autocast_of, release, shrunk, why
+from benchmarks.gpu.cases import Case, shrunk
+from benchmarks.gpu.providers import autocast_of, why
 from benchmarks.kit import timing
 from benchmarks.kit.stems import ALEXNET, MAX, MIX, MODULUS1, MODULUS3, RESNET, Unavailable, images, mixpool_stem
 from benchmarks.kit.store import NOT_RUN, ROOT, Store
-from benchmarks.kit.timing import Budget, DeviceLost
+from benchmarks.kit.timing import Budget, DeviceLost, release
 from mixpool import records
 
 PYTEST_SECONDS = 180.0

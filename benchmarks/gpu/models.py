@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu.stem import DEFAULT, compiled, release, rounded
+from benchmarks.gpu.cases import DEFAULT
+from benchmarks.gpu.providers import compiled
 from benchmarks.kit import timing
 from benchmarks.kit.stems import MIX, MODULUS1, Unavailable, convert_by
 from benchmarks.kit.store import NOT_RUN, Store
-from benchmarks.kit.timing import Budget, DeviceLost
+from benchmarks.kit.timing import Budget, DeviceLost, release, rounded
 from mixpool import records
 
 PROVIDERS = ("stock", "mixpool fused", "BlurPool", "mixpool reference", "scratch fused")

@@ -139,10 +139,7 @@ def child(args: argparse.Namespace) -> int:
     """Run some parts here, with one budget."""
     import torch
 
-    from benchmarks.gpu import checks as gpu_checks
-    from benchmarks.gpu import models as gpu_models
-    from benchmarks.gpu import stem as gpu_stem
-    from benchmarks.gpu import tune as gpu_tune
+    from benchmarks.gpu import checks, kernels, memory, models, stem, tune
     from benchmarks.kit.store import Store
     from benchmarks.kit.timing import Budget, DeviceLost
 
@@ -153,14 +150,14 @@ def child(args: argparse.Namespace) -> int:
         torch.set_num_threads(1)
     store, budget = Store(Path(args.output) / "gpu.jsonl"), Budget(args.child_until - time.monotonic())
     options = {"quick": args.quick, "dry": args.dry, "again": args.again}
-    runs = {"tests": gpu_checks.run_checks, "memory": gpu_stem.run_memory, "profile": gpu_stem.run_profile}
-    runs |= {"models": gpu_models.run_models, "tune": gpu_tune.run_tune}
+    runs = {"tests": checks.run_checks, "memory": memory.run_memory, "profile": kernels.run_profile}
+    runs |= {"models": models.run_models, "tune": tune.run_tune}
     try:
         for part in args.only:
             if part in runs:
                 runs[part](store, budget, device, **options)
             else:
-                gpu_stem.run_speed(part, store, budget, device, **options)
+                stem.run_speed(part, store, budget, device, **options)
     except DeviceLost as error:
         print(f"the CUDA context is broken: {error}", flush=True)
         return DEVICE_LOST
@@ -187,7 +184,3 @@ def print_summary(path: Path, statuses: dict[str, int]) -> None:
     bad = {part: status for part, status in statuses.items() if status}
     if bad:
         print(f"parts that did not end well (exit status): {bad}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from benchmarks.gpu import summary as gpu_summary
+from benchmarks.gpu import summary
 from benchmarks.gpu.summary import COMPILED, MODES, TUNED, fastest, of_case
 from benchmarks.kit.markdown import read, table
 from benchmarks.kit.store import RECORDS
+
+# The tables, by the names that pages call them.
+__all__ = [
+    "gpu_targets",
+    "gpu",
+    "gpu_others",
+    "gpu_memory",
+    "gpu_models",
+]
 
 NO_GPU = "No GPU measurements yet."
 
@@ -43,7 +52,7 @@ def _gpu_line(found: list[dict]) -> str:
 
 def gpu_targets() -> str:
     """What was aimed at and what came out."""
-    return _for_each_gpu(lambda found: table(["what", "target", "measured", ""], gpu_summary.target_rows(found)))
+    return _for_each_gpu(lambda found: table(["what", "target", "measured", ""], summary.target_rows(found)))
 
 
 def gpu() -> str:
@@ -144,6 +153,6 @@ def gpu_models() -> str:
 
 def measured() -> str:
     """The text of mixpool/fused/measured.json: a JSON list, one entry on a line."""
-    entries = [entry for found in gpu_records().values() for entry in gpu_summary.measured(found)]
+    entries = [entry for found in gpu_records().values() for entry in summary.measured(found)]
     lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
     return f"[\n{lines}\n]\n" if entries else "[]\n"

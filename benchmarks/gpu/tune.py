@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.stem import rounded
 from benchmarks.kit import timing
 from benchmarks.kit.store import NOT_RUN, Store
-from benchmarks.kit.timing import Budget
+from benchmarks.kit.timing import Budget, rounded
 from mixpool import records
 from mixpool.ops.fused.blocks import TABLES, Blocks
 from mixpool.ops.fused.geometry import KINDS, StemGeometry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -111,6 +112,19 @@ def milliseconds(rounds: list[list[float]]) -> dict[str, float]:
 def ratio(rounds: list[list[float]], base: list[list[float]]) -> dict[str, float]:
     """`spread` of the times over those of `base`, round by round: both ran under the same load and clocks."""
     return spread([statistics.median(a) / statistics.median(b) for a, b in zip(rounds, base, strict=True)])
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    """Five digits, as no clock has more."""
+    return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in values.items()}
+
+
+def release() -> None:
+    """Forget all compiled code and give its memory back."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Budget:

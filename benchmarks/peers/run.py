@@ -18,7 +18,6 @@ What a run finds in the file, measured with the same sources, it does not repeat
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -350,10 +349,3 @@ def main(only: Sequence[str] = tuple(PARTS), output: Path = RECORDS / "peers.jso
         for record in PARTS[part](store):
             keep(store, record)
             print(line_of(record), flush=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; default: all")
-    parser.add_argument("--output", type=Path, default=RECORDS / "peers.jsonl", help="file of the records")
-    main(**vars(parser.parse_args()))

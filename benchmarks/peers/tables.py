@@ -6,6 +6,14 @@ from benchmarks.kit.markdown import machine_line, read, table
 from benchmarks.kit.store import RECORDS
 from mixpool.evaluation.shifts import DIRECTIONS
 
+# The tables, by the names that pages call them.
+__all__ = [
+    "peers_functions",
+    "peers_cost",
+    "peers_stability",
+    "peers_network",
+]
+
 NOT_RUN = "Not run yet."
 SAME = 1e-9  # of the outputs' std, in float64: below, two modules are the same function
 

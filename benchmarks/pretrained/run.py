@@ -362,7 +362,3 @@ def main() -> None:
     for is_stock in (True, False):  # the others are compared with it
         rows = [row for row in queue if (row.variant == "stock") == is_stock and not is_done(row, output)]
         run_each("benchmarks.pretrained", rows, output, options.processes)
-
-
-if __name__ == "__main__":
-    main()

@@ -17,9 +17,10 @@ from torch import Tensor
 from benchmarks.kit import command
 from benchmarks.kit.sample import photos, shifted, squeezenet
 from benchmarks.kit.store import RECORDS
-from mixpool import analytic_partner, analyze, hilbert_partner, records
-from mixpool.filters import spectrum as filters
-from mixpool.filters.partner import wrong_side_energy
+from mixpool import analytic_partner, analyze, records
+from mixpool.filters import partner as filters
+from mixpool.filters.partner import PRIOR_SIZE, wrong_side_energy
+from mixpool.filters.spectrum import center_frequency, frequency_grid, half_plane_side, natural_image_prior
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry, centers_are_inside
 from mixpool.ops.reference import lowpass_pool, max_pool, modulus
 
@@ -36,11 +37,24 @@ def padded(weight: Tensor, size: int) -> Tensor:
 def partner_by_image_prior(weight: Tensor, direction: Tensor) -> Tensor:
     """The partner fitted under the images' own prior instead of the steeper one."""
     steeper = filters.partner_prior
-    filters.partner_prior = filters.natural_image_prior
+    filters.partner_prior = natural_image_prior
     try:
         return analytic_partner(weight, direction)
     finally:
         filters.partner_prior = steeper
+
+
+def hilbert_partner(weight: Tensor, direction: Tensor | None = None, size: int = PRIOR_SIZE) -> Tensor:
+    """Plain Hilbert partner: the directional Hilbert transform on a large odd grid, cropped back to the taps.
+
+    Cropping leaves a DC leak that ruins low-frequency edge filters. Arguments as
+    `analytic_partner`; `size` is the odd side of the grid.
+    """
+    direction = center_frequency(weight).detach() if direction is None else direction
+    side = half_plane_side(frequency_grid(size, weight.device), direction.double())
+    spectrum = torch.fft.fft2(weight.double(), s=(size, size))
+    partner = torch.fft.ifft2(-1j * side[:, None] * spectrum).real
+    return partner[..., : weight.shape[-2], : weight.shape[-1]].to(weight.dtype)
 
 
 @torch.no_grad()

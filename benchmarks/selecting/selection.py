@@ -3,8 +3,8 @@
     python -m benchmarks.selecting.selection   about 15 minutes on one core; writes records/selection.jsonl
 
 1. Fidelity (correlation of the modulus with max pooling on photos, after the best affine map) of 288 Gabor filters
-   on a 7x7/2 stem, 288 on an 11x11/4 stem, and the 96 filters of SqueezeNet, against every number that FilterStats
-   reads from the weights: which of them predicts it.
+   on a 7x7/2 stem, 288 on an 11x11/4 stem, and the 96 filters of SqueezeNet, against numbers that are read from
+   the weights: which of them predicts it.
 2. On SqueezeNet, zero-shot top-1 against the two cuts: the predicted correlation (no images given) and the fidelity
    (100 photos), over four splits of the photos.
 """
@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from rich.progress import track
@@ -21,6 +22,7 @@ from benchmarks.kit import command
 from benchmarks.kit.sample import difference_interval, logits, photos, shifted, split, squeezenet
 from benchmarks.kit.store import RECORDS
 from mixpool import MixPoolStem, analyze, convert, records
+from mixpool.filters.spectrum import frequency_grid, natural_image_prior, pair, power_spectrum, ratio
 from mixpool.selection.calibrate import measure
 from mixpool.selection.predict import pictures_for
 from mixpool.selection.rules import MAX_DC_SHARE, select_by_filter
@@ -52,12 +54,30 @@ def gabor_stem(size: int, stride: int, padding: int, sigmas: tuple[float, ...], 
     return conv.eval()
 
 
+def slow_share(weight: Tensor, stride: int | Sequence[int]) -> Tensor:
+    """(C,) share of a filter's response to natural images that hardly turns within a pooling window.
+
+    The response's energy is S(xi) |W^(xi)|^2, with the prior S of natural images. From one step of the convolution to
+    the next its phase turns by stride * xi, of which only the remainder modulo 2 pi counts (aliasing). Where that is
+    less than pi / 2 a window of 3 does not see a whole half wave, and its maximum is not a modulus. So this one
+    number joins frequency, orientation, bandwidth and stride. 0 for a zero filter.
+    """
+    power = power_spectrum(weight)
+    grid = frequency_grid(power.shape[-1], power.device, power.dtype)
+    energy = power * natural_image_prior(grid)
+    turn = grid * torch.tensor(pair(stride), device=grid.device, dtype=grid.dtype)
+    turn = ((turn + math.pi).remainder(2 * math.pi) - math.pi).norm(dim=-1)
+    slow = (energy * (turn < math.pi / 2)).sum(dim=(1, 2))
+    return ratio(slow, energy.sum(dim=(1, 2)))
+
+
 def fidelity_record(name: str, conv: nn.Conv2d, pool: nn.MaxPool2d, images: Tensor) -> dict:
-    """All filters of a convolution: what FilterStats says, what the photos say, and how both correlate."""
+    """All filters of a convolution: what their weights say, what the photos say, and how both correlate."""
     stats = analyze(conv)
     stem = MixPoolStem(conv, None, nn.ReLU(), pool, select="none")
     fidelity = measure(stem, torch.arange(len(stats)), stats, images).fidelity.double()
-    values = {number: getattr(stats, number) for number in NUMBERS}
+    others = {"slow_share": slow_share(conv.weight.detach(), conv.stride)}
+    values = {number: others[number] if number in others else getattr(stats, number) for number in NUMBERS}
     band_pass = stats.dc_share < 0.05
     correlations = {
         number: torch.corrcoef(torch.stack([value[band_pass], fidelity[band_pass]]))[0, 1].item()

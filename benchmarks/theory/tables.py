@@ -1,9 +1,14 @@
-"""The summary of the theory's experiment as a table, made from its records (`Experiment.as_record`)."""
+"""The tables of the theory's experiment, from its records (`Experiment.as_record`): its summary, and its shifts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
+
+from benchmarks.kit.markdown import machine_line, read, table
+
+__all__ = ["theory", "theory_shifts"]  # the tables, by the names that pages call them
 
 # A number of the summary and what it is called; "-" belongs to the line above. All are of the analytic packets alone;
 # changes in a correlation are those to the side.
@@ -66,3 +71,26 @@ def summary_text(found: Sequence[Mapping[str, Any]]) -> str:
         for label, *cells in rows
     )
     return "\n".join("  ".join(line) for line in lines)
+
+
+def theory() -> str:
+    found = read("theory")
+    header, *rows = summary_rows(found)
+    return table(header, rows) + "\n\n" + machine_line(found[0])
+
+
+def theory_shifts() -> str:
+    """Mean change over the analytic packets, RMax / CMod (centre) / CMod (mean), a row per shift."""
+    found = read("theory")
+    columns = [(record, i, direction) for record in found for i, direction in enumerate(record["params"]["directions"])]
+    rows = []
+    for j, shift in enumerate(found[0]["params"]["shifts"]):
+        cells = [f"{shift:g} px"]
+        for record, i, _ in columns:
+            kept = [packet for packet, is_analytic in enumerate(record["is_analytic"]) if is_analytic]
+            means = [
+                mean(record[f"change_{name}"][i][j][packet] for packet in kept) for name in ("max", "blur1", "blur3")
+            ]
+            cells.append(" / ".join(f"{value:.2f}" for value in means))
+        rows.append(cells)
+    return table(["shift", *(f"depth {record['params']['depth']}, {name}" for record, _, name in columns)], rows)

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.gpu import cases, roofline
 from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import models as gpu_models
-from benchmarks.gpu import roofline
 from benchmarks.gpu import run as gpu
 from benchmarks.gpu import stem as gpu_stem
 from benchmarks.gpu import summary as gpu_summary
 from benchmarks.gpu import tables as tables_gpu
 from benchmarks.gpu import tune as gpu_tune
+from benchmarks.gpu.cases import Case, cases_of
 from benchmarks.gpu.roofline import floor_of
-from benchmarks.gpu.stem import Case, cases_of
 from benchmarks.kit import markdown, stems, store, tables, timing
 from benchmarks.kit.stems import ALEXNET, MAX, MIX, MODULUS1, MODULUS3, RESNET
 from benchmarks.kit.timing import Budget
@@ -111,7 +111,7 @@ def test_the_targets_come_first_and_against_every_compiler():
         assert (case.shape, case.batch, case.dtype, case.layout) == (RESNET, 256, "bfloat16", "channels_last")
         names = case.providers()
         wanted = {"stock", "reference", "fused", "fused compiled"}
-        wanted |= {f"{name} {how}" for name in ("stock", "reference") for how in gpu_stem.COMPILE_MODES}
+        wanted |= {f"{name} {how}" for name in ("stock", "reference") for how in cases.COMPILE_MODES}
         assert wanted <= set(names) and len(set(names)) == len(names)
         assert ("fused graph" in names) == (case.mode == "forward")
         assert ("stock reordered" in names) == (case.plan != MAX), "of all-max it is the reference itself"
@@ -182,7 +182,7 @@ def test_an_attempt_gives_the_reason():
 
 # --- records and resuming ---------------------------------------------------------------------------------------------
 
-TINY = gpu_stem.shrunk(Case(RESNET, MIX, 64, "full", "tf32", compilers=()))
+TINY = cases.shrunk(Case(RESNET, MIX, 64, "full", "tf32", compilers=()))
 
 
 @pytest.fixture
