@@ -42,6 +42,8 @@ def run_checks(store: Store, budget: Budget, device: str, *, quick=False, dry=Fa
         return again or not store.has(check_record(check, dry=dry))
 
     fused, others = test_files()
+    if dry:  # one file shows that it works
+        fused, others = fused[:1], []
     for check, files in {"tests": fused, "other tests": others}.items():
         if todo(check):
             seconds = min(PYTEST_SECONDS, budget.left - 30)
@@ -96,7 +98,7 @@ def verdict(fields: dict[str, Any]) -> str:
 def test_files() -> tuple[list[str], list[str]]:
     """The fused path's own test files, and other files that hold tests for a GPU."""
     fused, others = [], []
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         name = path.relative_to(ROOT).as_posix()
         if path.name.startswith("test_fused"):
             fused.append(name)

@@ -23,7 +23,7 @@ from pathlib import Path
 # Seconds of GPU time per part, the most important part first; together under 25 minutes.
 PARTS = {"tests": 330, "stem": 400, "memory": 50, "models": 320, "table": 220, "profile": 45, "shapes": 100}
 QUICK = ("tests", "stem", "memory")
-ON_REQUEST = {"tune": 240}  # for who sets the table of mixpool/fused/blocks.py
+ON_REQUEST = {"tune": 240}  # for who sets the table of mixpool/ops/fused/blocks.py
 DRY_SECONDS = 400.0  # it takes 40, but nothing should be left out on a busy machine
 GRACE = 20.0  # seconds over its budget after which a part is killed: it hangs, or compiles without end
 DEVICE_LOST = 75  # exit status of a part whose CUDA context is broken

@@ -152,7 +152,7 @@ def gpu_models() -> str:
 
 
 def measured() -> str:
-    """The text of mixpool/fused/measured.json: a JSON list, one entry on a line."""
+    """The text of mixpool/ops/fused/measured.json: a JSON list, one entry on a line."""
     entries = [entry for found in gpu_records().values() for entry in summary.measured(found)]
     lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
     return f"[\n{lines}\n]\n" if entries else "[]\n"

@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks.cost import count as cost_count
 from benchmarks.cost import models as cost_models
 from benchmarks.cost import run as cost
+from benchmarks.cost import stem
 from benchmarks.cost import tables as tables_cost
 from benchmarks.cost import times as cost_time
 from benchmarks.cost.models import (
@@ -293,6 +294,29 @@ def test_inductor_compiles_a_stem():
     torch.compiler.reset()
 
 
+def test_the_stem_of_its_own_session_is_timed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(stem, "ROUNDS", {"forward": 1, "full": 1})
+    monkeypatch.setattr(stem, "RESNET", stem.RESNET._replace(size=32))
+    monkeypatch.setattr(stem, "BATCH", 1)
+    monkeypatch.setattr(stem, "PROVIDERS", ("stock", "mixpool all-max"))
+    monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
+    called, compare = [], stem.compare
+
+    def small(layout, mode, rounds):
+        called.append((layout, mode))
+        return compare(layout, mode, rounds, stem.RESNET, stem.BATCH, stem.PROVIDERS)
+
+    monkeypatch.setattr(stem, "compare", small)
+    store = Store(tmp_path / "cpu.jsonl")
+    stem.run_stem(store)
+    assert len(called) == 4 and len(list(store)) == 4 * len(stem.PROVIDERS)
+    assert {r["ratio_to_stock"]["p50"] for r in store if r["provider"] == "stock"} == {1.0}
+    stem.run_stem(Store(store.path))
+    assert len(called) == 4, "what is there is not measured again"
+    stem.run_stem(store, again=True)
+    assert len(called) == 8 and len(list(records.read(store.path))) == 4 * len(stem.PROVIDERS)
+
+
 def test_passes_do_what_they_say():
     stem = build("resnet stem", "mixpool").train()
     x = random_images(2, 32)
@@ -311,10 +335,11 @@ def test_passes_do_what_they_say():
 def test_the_command_runs_the_parts_asked_for(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(cost, "run_count", lambda store, again: ran.append("count"))
+    monkeypatch.setattr(cost, "run_stem", lambda store, again: ran.append((store.path.name, again)))
     monkeypatch.setattr(cost, "run_cases", lambda cases, store, budget, again: ran.append((cases[0].kind, again)))
     cost.main(["time"], path=tmp_path / "cost.jsonl")
     cost.main(path=tmp_path / "cost.jsonl", again=True)
-    assert ran == [("cost_time", False), "count", ("cost_growth", True), ("cost_time", True)]
+    assert ran == [("cost_time", False), "count", ("cost_growth", True), ("cpu.jsonl", True), ("cost_time", True)]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -471,18 +472,17 @@ def test_measured_takes_nothing_of_sources_that_failed_their_tests():
 
 def test_the_tables_of_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(tables_gpu, "RECORDS", tmp_path)
-    assert (
-        tables.gpu() == tables.gpu_targets() == tables.gpu_models() == tables_gpu.NO_GPU and tables.measured() == "[]\n"
-    )
+    empty = [make() for make in (tables_gpu.gpu, tables_gpu.gpu_targets, tables_gpu.gpu_models)]
+    assert set(empty) == {tables_gpu.NO_GPU} and tables.measured() == "[]\n"
     found = measured_case(0.8, plan="max") + measured_case(0.4, batch=64)
     found.append(Case(RESNET, MIX, 256, "full").record("fused", "memory", held_mib=154.0, peak_mib=300.0))
     found[-1]["machine"]["gpu"], found[-1]["code"] = "H100", found[0]["code"]
     records.write(tmp_path / "gpu.jsonl", found)
     monkeypatch.setattr(markdown.read, "__defaults__", (tmp_path,))
-    assert "| max | inference | 4.000 | 2.000 | 1.000 | 0.800 | 5.00 x | 2.50 x | 1.25 x |" in tables.gpu()
+    assert "| max | inference | 4.000 | 2.000 | 1.000 | 0.800 | 5.00 x | 2.50 x | 1.25 x |" in tables_gpu.gpu()
     assert "resnet 64" in tables_gpu.gpu_others() and "| max |" not in tables_gpu.gpu_others()
-    assert "| 154 | 300 |" in tables.gpu_memory() and "H100, driver" in tables.gpu_memory()
-    assert "5.00 x" not in tables.gpu_models()
+    assert "| 154 | 300 |" in tables_gpu.gpu_memory() and "H100, driver" in tables_gpu.gpu_memory()
+    assert "5.00 x" not in tables_gpu.gpu_models()
     (entry,) = json.loads(tables.measured())
     assert entry["kernel"] == "max" and entry["speedup"] == pytest.approx(1.875)
 
@@ -494,6 +494,13 @@ def test_tables_refuse_a_dry_run(tmp_path):
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def test_the_tests_for_a_gpu_are_found_in_every_folder():
+    fused, others = gpu_checks.test_files()
+    assert fused and all((tables.ROOT / name).name.startswith("test_fused") for name in fused)
+    assert others and not set(fused) & set(others)
+    assert all(re.search(r"mark\.gpu\b", (tables.ROOT / name).read_text()) for name in others)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -512,11 +519,11 @@ def test_blocks_are_tuned_side_by_side(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dry_run_goes_through_every_part(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=tables.ROOT, capture_output=True, text=True, timeout=300)
-    log = (tmp_path / "gpu.log").read_text()[-2000:]
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}\n{log}"
+def test_a_dry_run_goes_through_every_part(tmp_path, capfd):
+    """Each part in a process of its own, as on a GPU: `python -m benchmarks.gpu --child-until ...`."""
+    status = gpu.main(["--dry", "--output", str(tmp_path)])
+    out, err = capfd.readouterr()
+    assert status == 0, f"{out[-2000:]}\n{err[-2000:]}\n{(tmp_path / 'gpu.log').read_text()[-2000:]}"
     found = list(records.read(tmp_path / "gpu.jsonl"))
     assert {record["kind"] for record in found} == {"check", "accuracy", "speed", "memory", "profile", "model_speed"}
     assert all(record["dry"] is True and record["machine"]["gpu"] is None for record in found)
@@ -529,5 +536,5 @@ def test_a_dry_run_goes_through_every_part(tmp_path):
         assert ("skipped" in record) != any(
             key in record for key in ("ms", "status", "error", "held_mib", "kernels")
         ), f"either measured or skipped with a reason: {record}"
-    assert "== summary" in done.stdout and "mix blur=3, inference, over compiled stock" in done.stdout
-    assert "dry run: these numbers mean nothing" in done.stdout
+    assert "== summary" in out and "mix blur=3, inference, over compiled stock" in out
+    assert "dry run: these numbers mean nothing" in out
