@@ -70,12 +70,12 @@ def main() -> None:
         "prior-weighted 9x9": (padded(weight, 9), analytic_partner(padded(weight, 9), direction)),
         "cropped Hilbert 31x31": (padded(weight, 31), hilbert_partner(padded(weight, 31), direction)),
     }
-    sums = {(name, blur): torch.zeros(5, 96, dtype=torch.float64) for name in partners for blur in (1, 3)}
+    sums = {(name, blur): torch.zeros(5, len(weight), dtype=torch.float64) for name in partners for blur in (1, 3)}
     count = 0
     assert centers_are_inside(POOL)
     for batch in track(images.split(25), "photos"):
         rmax = max_pool(F.conv2d(batch, weight, None, CONV.stride), POOL).double()
-        count += rmax.numel() // 96
+        count += rmax.numel() // len(weight)
         for name, (real, imag) in partners.items():
             pad = (real.shape[-1] - 7) // 2
             z = F.conv2d(batch, torch.cat([real, imag]), None, CONV.stride, pad)
@@ -86,11 +86,12 @@ def main() -> None:
                 sums[name, blur] += torch.stack([product.sum(dim=(0, 2, 3)) for product in products])
     band_pass = stats.dc_share < 0.05
     high = stats.frequency > 1.2
+    wrong_side = {name: wrong_side_energy(*both, direction) for name, both in partners.items()}
     results = []
     for (name, blur), total in sums.items():
         x, y, xx, yy, xy = total / count
         correlation = (xy - x * y) / ((xx - x * x) * (yy - y * y)).sqrt()
-        wrong = wrong_side_energy(*partners[name], direction)
+        wrong = wrong_side[name]
         means = {
             "above_1.2": correlation[band_pass & high].mean().item(),
             "up_to_1.2": correlation[band_pass & ~high].mean().item(),
