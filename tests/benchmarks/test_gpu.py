@@ -503,6 +503,19 @@ def test_the_tests_for_a_gpu_are_found_in_every_folder():
     assert all(re.search(r"mark\.gpu\b", (tables.ROOT / name).read_text()) for name in others)
 
 
+def test_the_verdict_of_pytest(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_checks.importlib.util, "find_spec", lambda name: None)  # without xdist's six processes
+    file = tmp_path / "test_tiny.py"
+    file.write_text("def test_good():\n    pass\n\n\ndef test_bad():\n    assert 1 == 2\n")
+    found = gpu_checks.run_tests("tests", [str(file)], tmp_path / "tests.log", 60.0)
+    assert found["status"] == "failed" and found["ran"] == 2 and found["counts"]["failures"] == 1
+    assert [name.rpartition("::")[2] for name in found["failed"]] == ["test_bad"]
+    assert "assert 1 == 2" in (tmp_path / "tests.log").read_text()
+    none = gpu_checks.run_tests("other tests", [str(file)], tmp_path / "tests.log", 60.0)
+    assert none["status"] == "none ran" and not none["failed"], "neither is for a GPU"
+    assert "out of budget" in gpu_checks.run_tests("tests", [str(file)], tmp_path / "tests.log", 5.0)["skipped"]
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "has_gpu", lambda: False)
     assert gpu.main([]) == 2 and "--dry" in capsys.readouterr().err
