@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 
+from benchmarks.kit import command
 from benchmarks.kit.store import ROOT
 
 MEASUREMENTS = ("selecting", "theory", "pretrained.squeezenet", "pretrained.evaluation", "cost", "peers")
@@ -30,4 +31,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    command.of_folder("benchmarks")
     main()
