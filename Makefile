@@ -32,7 +32,7 @@ lint: $(STAMP) ## ruff check and ruff format --check
 	$(BIN)/ruff format --check .
 
 bench: $(STAMP) ## run the benchmarks; options: BENCH_ARGS="..."
-	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean: ## remove build products and caches (.venv stays; remove it by hand to start afresh)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

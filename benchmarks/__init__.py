@@ -1,1 +1,1 @@
-"""Measurements of mixpool; each module is a command, `python -m benchmarks.NAME`, that writes a file of records."""
+"""Measurements of mixpool: a folder per question, `python -m benchmarks.QUESTION`; records lie in `records/`."""

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from support import assert_close
 
-from benchmarks import cifar10, cifar10_straight, tables_cifar10
-from benchmarks.cifar10_variants import RECIPES, TABLES, Row, rows
-from benchmarks.tables_cifar10 import outcome
+from benchmarks.cifar10 import run as cifar10
+from benchmarks.cifar10 import straight as cifar10_straight
+from benchmarks.cifar10 import tables as tables_cifar10
+from benchmarks.cifar10.tables import outcome
+from benchmarks.cifar10.variants import RECIPES, TABLES, Row, rows
 from mixpool import analytic_partner, records
 from mixpool.conversion.stock import converted_stems
 from mixpool.evaluation.dataset import open_images

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import peer_stems, peers, stems, store, tables_peers
+from benchmarks.kit import stems, store
+from benchmarks.peers import run as peers
+from benchmarks.peers import stems as peer_stems
+from benchmarks.peers import tables as tables_peers
 from mixpool import BlurPoolStem, MixPoolStem, records
 
 SMALL = stems.RESNET._replace(size=48, out_channels=8)

@@ -16,9 +16,11 @@ from PIL import Image
 from support import assert_close, assert_same_bits
 from torch import nn
 
-import benchmarks.pretrained as benchmark
-from benchmarks import markdown, open_nsfw, queue, tables_pretrained
-from benchmarks.pretrained import CALIBRATED, DISTILLED, VARIANTS, ZERO_SHOT, Network, Row
+import benchmarks.pretrained.run as benchmark
+from benchmarks.kit import markdown, queue
+from benchmarks.pretrained import open_nsfw
+from benchmarks.pretrained import tables as tables_pretrained
+from benchmarks.pretrained.run import CALIBRATED, DISTILLED, VARIANTS, ZERO_SHOT, Network, Row
 from mixpool import analyze, convert, records
 from mixpool.conversion.stock import converted_stems
 from mixpool.evaluation.result import Evaluation, difference_record
@@ -60,7 +62,7 @@ def tiny(monkeypatch, photos, tmp_path):
     class_map = tmp_path / "classes.txt"
     class_map.write_text("cat\ndog\nfrog\nship")
     _register()
-    network = Network("tiny_trained", "benchmarks.open_nsfw", is_labelled=True)
+    network = Network("tiny_trained", "benchmarks.pretrained.open_nsfw", is_labelled=True)
     changes = {"batch_size": 8, "workers": 0, "epochs": 1, "warmup_epochs": 0, "lr": 0.0, "val_interval": 1}
     monkeypatch.setattr(benchmark, "NETWORKS", {"squeezenet": network})
     monkeypatch.setattr(benchmark, "RECIPE", benchmark.RECIPE | changes)

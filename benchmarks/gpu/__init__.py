@@ -1,0 +1,1 @@
+"""The stem and whole networks on a GPU."""

@@ -1,0 +1,1 @@
+"""What several questions share: records, tables, figures, timing, queues, the shared data."""

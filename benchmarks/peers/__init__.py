@@ -1,0 +1,1 @@
+"""Other packages' anti-aliased pooling, by their own code."""

@@ -1,0 +1,1 @@
+"""Trained classifiers whose stem is converted: at once, calibrated, and after distillation."""

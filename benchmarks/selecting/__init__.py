@@ -1,0 +1,1 @@
+"""Which channels to pool by the modulus: the analytic partner, predictions from the weights, thresholds."""
