@@ -64,7 +64,8 @@ class Placeholder(nn.Module):
 
     def train(self, mode: bool = True) -> Placeholder:
         super().train(mode)
-        self.part.train(mode)
+        if self._part in _WHERE:  # a pool waits outside the model for revert(), which gives it this mode
+            self.part.train(mode)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Placeholder:
