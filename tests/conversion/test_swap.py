@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-import pickle
 import re
 
 import pytest
-import timm
 import torch
-import torchvision
 from small_net import CHANNELS, STRIPES, Net, assert_unchanged, smooth_images, snapshot
 from torch import Tensor, nn
 
-from mixpool import MixPoolStem, convert, revert
-from mixpool.conversion.swap import Placeholder
+from mixpool import convert, revert
 
 
 @pytest.fixture
