@@ -192,7 +192,7 @@ def test_a_full_backward_hook_where_the_next_step_is_in_place():
     x = torch.randn(1, 3, 64, 64, requires_grad=True)
 
     def remember(name: str):
-        return lambda module, grad_in, grad_out: grads.setdefault(name, grad_out[0].clone())
+        return lambda module, grad_in, grad_out: grads.update({name: grad_out[0].clone()})
 
     model.conv1.conv.register_full_backward_hook(remember("before"))
     convert(model, select="none")
