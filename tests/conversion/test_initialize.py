@@ -168,7 +168,7 @@ def alexnet() -> nn.Module:
 MODELS = {
     "timm resnet18": (lambda: timm.create_model("resnet18", num_classes=5), "conv1", 48, 64),
     "torchvision resnet18": (lambda: torchvision.models.resnet18(num_classes=5), "conv1", 48, 64),
-    "torchvision alexnet": (lambda: alexnet(), "features.0", 32, 67),
+    "torchvision alexnet": (alexnet, "features.0", 32, 67),
 }
 
 
