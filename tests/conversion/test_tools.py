@@ -320,24 +320,53 @@ def pruned(stem: nn.Module) -> None:
     prune.l1_unstructured(stem, "weight", 0.5)
 
 
-@pytest.mark.parametrize("change", [pruned, parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_revert_of_a_stem_whose_weight_is_computed(images, change):
+def pruned_bias(stem: nn.Module) -> None:
+    prune.l1_unstructured(stem, "bias", 0.5)
+
+
+def pruned_norm(stem: nn.Module) -> None:
+    prune.l1_unstructured(stem.bn, "weight", 0.5)
+
+
+MADE_PERMANENT = {
+    pruned: lambda stem: prune.remove(stem, "weight"),
+    pruned_bias: lambda stem: prune.remove(stem, "bias"),
+    pruned_norm: lambda stem: prune.remove(stem.bn, "weight"),
+    parametrizations.weight_norm: lambda stem: nn.utils.parametrize.remove_parametrizations(stem, "weight"),
+    parametrizations.spectral_norm: lambda stem: nn.utils.parametrize.remove_parametrizations(stem, "weight"),
+}
+
+
+@pytest.mark.parametrize(("change", "undo"), MADE_PERMANENT.items())
+def test_revert_of_a_stem_whose_weight_is_computed(images, change, undo):
     """It raises before anything has changed; once the weight is a parameter again, it works."""
-    model = Net().eval()
+    model = Net(bias=True).eval()
     convert(model, select=STRIPES, images=images)
     assert (model.conv1.calibration[:, 0] != 1).any()
     change(model.conv1)
     expected, before = output(model, images), snapshot(model)
-    with pytest.raises(ValueError, match="conv1.*(pruning).*make it permanent first"):
+    with pytest.raises(ValueError, match=r"conv1(\.bn)?'s (weight|bias).*pruning.*make it permanent first"):
         revert(model)
     assert_unchanged(model, before)
     assert_same_bits("out", output(model, images), expected)
-    if change is pruned:
-        prune.remove(model.conv1, "weight")
-    else:
-        nn.utils.parametrize.remove_parametrizations(model.conv1, "weight")
+    undo(model.conv1)
     weight = model.conv1.weight.detach().clone()
     assert_same_bits("made permanent", output(model, images), expected)
     revert(model)
     assert type(model.conv1) is nn.Conv2d and isinstance(model.conv1.weight, nn.Parameter)
     assert_same_bits("weight", model.conv1.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("conv1", "weight"), ("conv1", "bias"), ("bn1", "weight"), ("bn1", "bias")], ids=str
+)
+def test_conversion_of_a_stem_whose_weight_is_computed(images, name: str, part: str):
+    model = Net(bias=True).eval()
+    prune.l1_unstructured(model.get_submodule(name), part, 0.5)
+    expected, before = output(model, images), snapshot(model)
+    with pytest.raises(ValueError, match=rf"expected the (convolution|norm layer)'s {part} to be a plain parameter"):
+        convert(model, select="all", images=images)
+    assert_unchanged(model, before)
+    prune.remove(model.get_submodule(name), part)
+    convert(model, select="none")
+    assert_same_bits("out", output(model, images), expected)
