@@ -82,12 +82,23 @@ def data_exchanged(model: nn.Module, other: nn.Module, x: Tensor) -> Tensor:
     return output(model, x)
 
 
+def exchanged(model: nn.Module, other: nn.Module, x: Tensor) -> Tensor:
+    """As accelerate and transformers put weights in."""
+    for name, module in other.named_modules():
+        for kind in ("_parameters", "_buffers"):
+            own = getattr(model.get_submodule(name), kind)
+            for key, value in getattr(module, kind).items():
+                new = None if value is None else value.detach().clone()
+                own[key] = nn.Parameter(new) if isinstance(value, nn.Parameter) else new
+    return output(model, x)
+
+
 def functional(model: nn.Module, other: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.func.functional_call(model, other.state_dict(), x)
 
 
-@pytest.mark.parametrize("write", [in_place, data_exchanged, functional])
+@pytest.mark.parametrize("write", [in_place, data_exchanged, exchanged, functional])
 @pytest.mark.parametrize("run_before", [False, True])
 def test_state_written_past_load_state_dict(images, write, run_before: bool):
     source, target = converted(EVERY), converted(OTHER)
@@ -218,6 +229,24 @@ def test_training_after_a_conversion_in_inference_mode(images, mode, with_images
     training_step(model, images)
     model.conv1.lay("modulus")
     revert(model)(images).sum().backward()
+
+
+def test_all_of_it_in_inference_mode(images):
+    """An evaluation script under one decorator: the model and its conversion are made in that mode."""
+    torch.manual_seed(1)
+    reference = Net().eval()
+    stock = output(reference, images)
+    convert(reference, select=EVERY, images=images)
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        model = Net().eval()
+        convert(model, select=EVERY, images=images.clone())
+        assert_same_bits("converted", model(images), output(reference, images))
+        model.load_state_dict(reference.state_dict())
+        model.conv1.lay(OTHER).lay(EVERY)
+        assert_same_bits("laid", model(images), output(reference, images))
+        assert_same_bits("reverted", output(revert(reference), images), stock)
+        assert_close("reverted", revert(model)(images), stock, (1e-5, 1e-5))
 
 
 @pytest.mark.parametrize("assign", [False, True])
