@@ -612,3 +612,23 @@ def test_two_stems_are_converted_and_reverted_one_by_one(images):
     mixpool.revert(model)
     assert list(model.state_dict()) == list(state)
     assert torch.equal(model(images), before)
+
+
+def test_a_revert_that_fails_at_the_second_stem_changes_neither(monkeypatch, images):
+    model = TwoBranches().eval()
+    convert(model, select="all", images=images)
+    convert(model, select="all", images=images, stem="b.conv1")
+    before, expected = snapshot(model), model(images)
+    calls, original = [], conversion.set_submodule
+
+    def flaky(*args):
+        calls.append(args)
+        if len(calls) == 7:
+            raise Failure
+        return original(*args)
+
+    monkeypatch.setattr(conversion, "set_submodule", flaky)
+    with pytest.raises(Failure):
+        revert(model)
+    assert_unchanged(model, before)
+    assert torch.equal(model(images), expected)
