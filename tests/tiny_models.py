@@ -22,7 +22,7 @@ default_cfgs = generate_default_cfgs({name: dict(SETTINGS) for name in ("tiny_st
 class TinyNet(nn.Module):
     """conv 5x5/2, (batch norm,) ReLU, max pool, dropout, linear."""
 
-    def __init__(self, num_classes=4, in_chans=3, norm=False, drop_rate=0.0, converted=True, imag="tied", **_):
+    def __init__(self, num_classes=4, in_chans=3, norm=False, drop_rate=0.0, converted=True, **_):
         super().__init__()
         self.num_classes = num_classes
         self.conv = nn.Conv2d(in_chans, 8, 5, 2, 2, bias=not norm)
@@ -32,7 +32,7 @@ class TinyNet(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(8, num_classes)
         if converted:
-            mixpool.convert(self, select=[True, False] * 4, imag=imag)
+            mixpool.convert(self, select=[True, False] * 4)
 
     def forward(self, x):
         out = self.pool(self.relu(self.bn(self.conv(x))))

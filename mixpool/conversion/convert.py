@@ -18,7 +18,7 @@ from mixpool.selection.images import first_batches, module_inputs, outputs_of
 from mixpool.selection.plan import ChannelPlan
 from mixpool.selection.rules import MIN_FIDELITY, Select, check_words, choose
 from mixpool.stem.module import MixPoolStem
-from mixpool.stem.parts import pool_geometry
+from mixpool.stem.parts import check_plain, pool_geometry
 
 FEW_IMAGES = 16  # below, the report says that the measured numbers are not to be trusted
 
@@ -127,11 +127,9 @@ def revert(model: nn.Module) -> nn.Module:
         raise ValueError(f"expected a converted model, found no MixPoolStem in {type(model).__name__}")
     places = [(stem, *stock_parts(name, stem)) for name, stem in stems.items()]
     for name, stem in stems.items():
-        if not isinstance(stem._parameters.get("weight"), nn.Parameter):
-            raise ValueError(
-                f"expected the weight of {name or 'the stem'} to be a plain parameter, got one that is computed "
-                "(weight norm, spectral norm or pruning): make it permanent first"
-            )
+        check_plain(stem, name or "the stem")
+        if stem.bn is not None:
+            check_plain(stem.bn, f"{name}.bn".lstrip("."))
     undo: Undo = []
     try:
         for stem, prefix, stock in places:

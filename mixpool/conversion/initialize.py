@@ -23,6 +23,7 @@ from mixpool.conversion.stock import converted_stems
 from mixpool.filters.gabor import COLOR_SHARE, FREQUENCIES, gabor_bank
 from mixpool.filters.spectrum import pair
 from mixpool.filters.wavelets import max_channels, wavelet_bank
+from mixpool.ops.modes import of_nobody
 from mixpool.ops.reference import POOLINGS, check_poolings
 from mixpool.ops.renamed import refuse_old
 from mixpool.stem.parts import check_parts
@@ -98,27 +99,32 @@ def initialize(
     conv = found.modules[found.conv]
     norm = None if found.norm is None else found.modules[found.norm]
     check_parts(conv, norm, found.act_module, found.modules[found.pool])
-    if not isinstance(bank, Tensor):
-        taps, stride = _square(conv)
-        is_given = num_channels is not None
-        num_channels = num_channels if is_given else _default_count(conv, stride)
-        kernel_size = taps if kernel_size is None else kernel_size
-        if bank == "wavelet":
-            if not is_given:
-                num_channels = min(num_channels, max_channels(conv.in_channels, kernel_size, _depth_of(stride)))
-            bank = wavelet_bank(num_channels, conv.in_channels, kernel_size, _depth_of(stride))
-        elif bank == "gabor":
-            bank = _gabor_modulus_bank(num_channels, conv.in_channels, kernel_size, stride)
-        else:
-            raise ValueError(f'expected a bank of "wavelet", "gabor" or filters, got {bank!r}')
-    elif num_channels not in (None, len(bank)) or kernel_size not in (None, bank.shape[-1]):
-        raise ValueError(f"expected num_channels and kernel_size of the bank, got {num_channels=}, {kernel_size=}")
+    bank = _bank_for(conv, bank, num_channels, kernel_size)
     with _filled(conv, bank):
         options = {"rest": rest, "stem": stem, "backend": backend}
         if not is_complex:
             return convert(model, select="none", **options)
         select = [channel >= conv.out_channels - len(bank) for channel in range(conv.out_channels)]
         return convert(model, select=select, pooling=pooling, **options)
+
+
+@of_nobody()
+def _bank_for(conv: nn.Conv2d, bank: str | Tensor, num_channels: int | None, kernel_size: int | None) -> Tensor:
+    """(n, C_in, k, k) filters, from a name or as they were given."""
+    if isinstance(bank, Tensor):
+        if num_channels not in (None, len(bank)) or kernel_size not in (None, bank.shape[-1]):
+            raise ValueError(f"expected num_channels and kernel_size of the bank, got {num_channels=}, {kernel_size=}")
+        return bank
+    if bank not in ("wavelet", "gabor"):
+        raise ValueError(f'expected a bank of "wavelet", "gabor" or filters, got {bank!r}')
+    taps, stride = _square(conv)
+    kernel_size = taps if kernel_size is None else kernel_size
+    count = _default_count(conv, stride) if num_channels is None else num_channels
+    if bank == "gabor":
+        return _gabor_modulus_bank(count, conv.in_channels, kernel_size, stride)
+    if num_channels is None:
+        count = min(count, max_channels(conv.in_channels, kernel_size, _depth_of(stride)))
+    return wavelet_bank(count, conv.in_channels, kernel_size, _depth_of(stride))
 
 
 @contextmanager
@@ -133,23 +139,25 @@ def _filled(conv: nn.Conv2d, bank: Tensor) -> Iterator[None]:
     margin, odd = divmod(size - taps, 2)
     if margin < 0 or odd:
         raise ValueError(f"expected a kernel_size of {taps}, {taps + 2}, {taps + 4}, ..., got {size}")
-    parameter, before = conv.weight, conv.weight.detach().clone()
-    geometry = conv.kernel_size, conv.padding
-    norms = before.double().flatten(1).norm(dim=1)
-    scale = norms.square().mean().sqrt()
-    if not scale > 0:
-        raise ValueError("expected a convolution with initial weights, whose norm the bank takes; got zeros or NaN")
-    bank = bank.detach().to(before.device, torch.float64)
-    if not (bank.flatten(1).norm(dim=1) > 0).all():
-        raise ValueError("expected a bank of finite filters, none of them zero")
-    weight = nn.functional.pad(before, (margin,) * 4)
-    weight[-len(bank) :] = bank * (scale / bank.flatten(1).norm(dim=1))[:, None, None, None]
+    parameter, geometry = conv.weight, (conv.kernel_size, conv.padding)
+    with of_nobody():
+        before = parameter.detach().clone()
+        norms = before.double().flatten(1).norm(dim=1)
+        scale = norms.square().mean().sqrt()
+        if not scale > 0:
+            raise ValueError("expected a convolution with initial weights, whose norm the bank takes; got zeros or NaN")
+        bank = bank.detach().to(before.device, torch.float64)
+        if not (bank.flatten(1).norm(dim=1) > 0).all():
+            raise ValueError("expected a bank of finite filters, none of them zero")
+        weight = nn.functional.pad(before, (margin,) * 4)
+        weight[-len(bank) :] = bank * (scale / bank.flatten(1).norm(dim=1))[:, None, None, None]
+        enlarged = nn.Parameter(weight, requires_grad=parameter.requires_grad)
     try:
         if margin == 0:
             conv.weight.data.copy_(weight)
         else:
             padding = (0, 0) if conv.padding == "valid" else pair(conv.padding)
-            conv.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+            conv.weight = enlarged
             conv.kernel_size = (size, size)
             conv.padding = tuple(p + margin * d for p, d in zip(padding, conv.dilation, strict=True))
         yield

@@ -38,13 +38,15 @@ class Placeholder(nn.Module):
 
     `model.bn1.eval()`, `model.bn1.requires_grad_(False)`, `model.bn1.weight`, `model.bn1.momentum = 0.01` and
     `model.bn1.parameters()` reach the norm layer inside the stem. Hooks registered here are called once per pass, with
-    the stem's output. It has no parameters and no state of its own. The settings of a pool that the stem has taken over
-    can be read, and not be changed.
+    the stem's output. It has no parameters and no state of its own, which is what `parameters(recurse=False)` asks for.
+    What a tool adds to a module (counters, flags) stays with the one that it was added to. The settings of a pool that
+    the stem has taken over can be read, and not be changed.
     """
 
     def __init__(self, stem: MixPoolStem, part: str, stock: nn.Module) -> None:
         super().__init__()
-        self.__dict__.update(_stem=stem, _part=part, _stock=stock)  # not children: the stem owns them
+        names = {name for name in dir(stock) if not name.startswith("__")} - set(dir(nn.Module()))
+        self.__dict__.update(_stem=stem, _part=part, _stock=stock, _names=names)  # not children: the stem owns them
         self.training = stock.training
 
     @property
@@ -64,7 +66,8 @@ class Placeholder(nn.Module):
 
     def train(self, mode: bool = True) -> Placeholder:
         super().train(mode)
-        self.part.train(mode)
+        if self._part in _WHERE:  # a pool waits outside the model for revert(), which gives it this mode
+            self.part.train(mode)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Placeholder:
@@ -73,19 +76,23 @@ class Placeholder(nn.Module):
 
     # Of this module alone: a model's own parameters() and buffers() do not ask their modules' methods.
 
-    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.part.named_parameters(*args, **options)
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.part.named_parameters(prefix, True, remove_duplicate) if recurse else iter(())
 
-    def named_buffers(self, *args: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
-        return self.part.named_buffers(*args, **options)
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        return self.part.named_buffers(prefix, True, remove_duplicate) if recurse else iter(())
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_stem" not in self.__dict__:  # while it is copied or unpickled
-            raise AttributeError(name)
-        return getattr(self.part, name)
+        if name in self.__dict__.get("_names", ()):  # there are none while it is copied or unpickled
+            return getattr(self.part, name)
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__ or hasattr(type(self), name) or not hasattr(self.part, name):
+        if name not in self.__dict__.get("_names", ()):
             super().__setattr__(name, value)
         elif self._part in _WHERE:
             setattr(self.part, name, value)

@@ -41,21 +41,30 @@ def check_parts(conv: nn.Module, norm: nn.Module | None, act: nn.Module, pool: n
     """Raise ValueError naming the first part of a stem that a MixPoolStem cannot take over."""
     if type(conv) is not nn.Conv2d:
         raise ValueError(f"expected the convolution to be an nn.Conv2d, got {describe(conv)}")
-    if not isinstance(conv._parameters.get("weight"), nn.Parameter):
-        raise ValueError(
-            "expected the convolution's weight to be a plain parameter, got one that is computed (weight norm, "
-            "spectral norm or pruning): make it permanent first"
-        )
+    check_plain(conv, "the convolution")
     if conv.groups != 1 or conv.padding_mode != "zeros":
         raise ValueError(f"expected groups=1 and zero padding, got {conv.groups=} and {conv.padding_mode=}")
     if conv.padding == "same":
         raise ValueError('expected numbers as the convolution\'s padding, got "same"')
     check_norm(norm, conv.out_channels)
+    if norm is not None:
+        check_plain(norm, "the norm layer")
     check_act(act)
     if type(pool) is not nn.MaxPool2d:
         raise ValueError(f"expected the pooling to be an nn.MaxPool2d, got {describe(pool)}")
     if pair(pool.dilation) != (1, 1) or pool.return_indices:
         raise ValueError(f"expected a max pool with dilation=1 and return_indices=False, got {pool}")
+
+
+def check_plain(module: nn.Module, name: str) -> None:
+    """Raise ValueError if a weight or bias is computed from others each time the module is called."""
+    for part in ("weight", "bias"):
+        is_plain = part in module._parameters or part in module._buffers
+        if not is_plain and getattr(module, part, None) is not None:
+            raise ValueError(
+                f"expected {name}'s {part} to be a plain parameter, got one that is computed (weight norm, spectral "
+                "norm or pruning): make it permanent first"
+            )
 
 
 def check_norm(norm: nn.Module | None, num_channels: int) -> None:

@@ -21,13 +21,14 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import mixpool
 from mixpool import convert, revert, stock_state_dict
+from mixpool.selection.stats import FilterStats
 
 
-def half_of(stats: mixpool.FilterStats) -> list[bool]:
+def half_of(stats: FilterStats) -> list[bool]:
     return [channel % 2 == 0 for channel in range(len(stats))]
 
 
-def other_half_of(stats: mixpool.FilterStats) -> list[bool]:
+def other_half_of(stats: FilterStats) -> list[bool]:
     return [channel % 2 == 1 for channel in range(len(stats))]
 
 
@@ -66,9 +67,8 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-def max_and_modulus(model: nn.Module) -> tuple[int, int]:
-    stem = next(module for module in model.modules() if isinstance(module, mixpool.MixPoolStem))
-    return len(stem.max_index), len(stem.modulus_index)
+def stem_of(model: nn.Module) -> mixpool.MixPoolStem:
+    return next(module for module in model.modules() if isinstance(module, mixpool.MixPoolStem))
 
 
 def load_stock(model: nn.Module, state: dict, **options) -> None:
@@ -167,23 +167,26 @@ def test_distributed_data_parallel(process_group, x):
 # --- converted checkpoints into converted models ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("imag", ["tied", "free"])
 @pytest.mark.parametrize(
     ("name", "select"),
     [("timm", "none"), ("timm", "all"), *((name, other_half_of) for name in BUILDERS)],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_a_converted_checkpoint_brings_its_plan(name: str, select, imag: str, x):
-    """Into a model that was converted with another plan and other blurs: the same bits afterwards."""
+def test_a_converted_checkpoint_brings_its_plan(name: str, select, x):
+    """Into a model that was converted with another plan and other poolings: the same bits afterwards."""
     build = BUILDERS[name]
     source = randomised(build())
-    convert(source, select=half_of, blur=1, max_blur=3, imag=imag, images=torch.randn(4, 3, 64, 64))
+    convert(source, select=half_of, pooling="cmod", rest="blurpool", images=torch.randn(4, 3, 64, 64))
     expected, state = outputs(source, x), source.state_dict()
     target = build().eval()
-    convert(target, select=select, imag=imag)
+    convert(target, select=select)
     assert not torch.equal(outputs(target, x), expected)
     target.load_state_dict(state)
-    assert max_and_modulus(target) == max_and_modulus(source)
+    assert (
+        stem_of(target).poolings
+        == stem_of(source).poolings
+        == ("cmod", "blurpool") * (len(stem_of(source).weight) // 2)
+    )
     assert torch.equal(outputs(target, x), expected)
     assert list(target.state_dict()) == list(state)
     restored, wanted = stock_state_dict(target), stock_state_dict(source)
@@ -195,7 +198,7 @@ def test_a_converted_checkpoint_brings_its_plan(name: str, select, imag: str, x)
 def test_training_continues_from_a_checkpoint_as_without_one(x):
     """One optimizer step after reloading gives the bits of one step without reloading."""
     source = resnet().train()
-    convert(source, select=half_of, blur=1)
+    convert(source, select=half_of, pooling="cmod")
     target = BUILDERS["timm"]()
     convert(target, select="all")
     target.load_state_dict(source.state_dict())
@@ -205,29 +208,6 @@ def test_training_continues_from_a_checkpoint_as_without_one(x):
         optimizer.step()
     for (key, value), other in zip(source.state_dict().items(), target.state_dict().values()):
         assert torch.equal(value, other), key
-
-
-def test_free_and_tied_checkpoints_cross(x):
-    tied, free = resnet(), resnet()
-    convert(tied, select=half_of)
-    convert(free, select=other_half_of, imag="free")
-    with pytest.raises(RuntimeError, match='conv1.weight_imag.*imag="free".*imag="tied"'):
-        copy.deepcopy(tied).load_state_dict(free.state_dict())
-    # The other way, the imaginary part starts as the tied one.
-    free.load_state_dict(tied.state_dict())
-    torch.testing.assert_close(outputs(free, x), outputs(tied, x), rtol=1e-5, atol=1e-5)
-    assert torch.equal(free.conv1.plan, tied.conv1.plan)
-    assert (free.conv1.weight_imag[1::2] == 0).all() and (free.conv1.weight_imag[0::2] != 0).any()
-
-
-def test_a_stock_checkpoint_restarts_free_partners():
-    source, model = resnet(), BUILDERS["timm"]().eval()
-    convert(model, select="all", imag="free")
-    load_stock(model, source.state_dict())
-    direction = model.conv1.channel_plan.stats.center_frequency
-    # The plan keeps directions to 0.01 degree.
-    expected = mixpool.analytic_partner(source.conv1.weight, direction)
-    torch.testing.assert_close(model.conv1.weight_imag, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
 
 
 def test_strict_errors():
@@ -258,23 +238,24 @@ def test_a_damaged_plan_is_refused():
     state = copy.deepcopy(model.state_dict())
     code = state["conv1.plan"][0, 0].clone()
     for damage, message in (
-        (code - 2, "one blur for all channels"),
-        (code + 9, "kinds 0 to 3"),
-        (code * 0.3 - 5, "0 to 3"),
+        (code + 9, "poolings 0 to 4"),
+        (code * 0.3 - 5, "0 to 4"),
+        (code * float("nan"), "0 to 4"),
     ):
-        state["conv1.plan"][0, 0] = damage  # the first: one modulus channel without blur, the others with
-        with pytest.raises((RuntimeError, ValueError), match=message):
+        state["conv1.plan"][0, 0] = damage
+        with pytest.raises(RuntimeError, match=message):
             model.load_state_dict(state)
+        assert model.conv1.poolings == ("modulus", "max") * 32
 
 
 def test_files(tmp_path, x):
     source = resnet()
-    convert(source, select=half_of, imag="free", images=torch.randn(4, 3, 64, 64))
+    convert(source, select=half_of, pooling="energy", images=torch.randn(4, 3, 64, 64))
     expected = outputs(source, x)
 
     def fresh() -> nn.Module:
         model = BUILDERS["timm"]().eval()
-        convert(model, select="none", imag="free")
+        convert(model, select="none")
         return model
 
     torch.save(source.state_dict(), tmp_path / "model.pth")
@@ -298,12 +279,11 @@ def test_files(tmp_path, x):
     assert torch.equal(outputs(stock, x), outputs(revert(source), x))
 
 
-@pytest.mark.parametrize("imag", ["tied", "free"])
-def test_assign(imag: str, x):
+def test_assign(x):
     source = resnet()
-    convert(source, select=half_of, imag=imag)
+    convert(source, select=half_of)
     target = BUILDERS["timm"]().eval()
-    convert(target, select="none", imag=imag)
+    convert(target, select="none")
     state = {key: value.detach().clone() for key, value in source.state_dict().items()}
     target.load_state_dict(state, assign=True)
     assert torch.equal(outputs(target, x), outputs(source, x))
@@ -315,7 +295,7 @@ def test_assign(imag: str, x):
     assert torch.equal(outputs(target, x), outputs(revert(source), x))
 
     stock = resnet()
-    convert(target, select="none", imag=imag)
+    convert(target, select="none")
     load_stock(target, stock.state_dict(), assign=True)
     assert torch.equal(outputs(target, x), outputs(stock, x))
     assert torch.equal(outputs(revert(target), x), outputs(stock, x))
@@ -340,7 +320,8 @@ def test_a_truncating_moving_average_keeps_the_plan(decay: float, x):
         average.update(stem)
     target = copy.deepcopy(stem)
     target.load_state_dict(average.module.state_dict())
-    assert target.kinds == stem.kinds and torch.equal(target.partner_map, stem.partner_map)
+    assert target.poolings == stem.poolings
+    assert torch.equal(target.structure().partner_map, stem.structure().partner_map)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -349,7 +330,7 @@ def test_a_converted_model_filled_from_meta(assign: bool, x):
     source = resnet()
     report = convert(source, select=half_of)
     target = resnet()
-    convert(target, select=report.kinds)
+    convert(target, select=report.poolings)
     target.to("meta")
     if not assign:
         target.to_empty(device="cpu")
@@ -382,7 +363,7 @@ def test_copies_are_independent_and_can_be_reverted(duplicate, x):
     expected = outputs(model, x)
     twin = duplicate(model)
     assert torch.equal(outputs(twin, x), expected)
-    assert twin.conv1.kinds == report.kinds and str(twin.conv1.channel_plan) == str(report.plan)
+    assert twin.conv1.poolings == report.poolings
     revert(twin)
     assert torch.equal(outputs(twin, x), stock)
     assert twin.conv1.weight is not model.conv1.weight
@@ -395,10 +376,9 @@ def test_copies_are_independent_and_can_be_reverted(duplicate, x):
     assert torch.equal(outputs(revert(model), x), stock)
 
 
-@pytest.mark.parametrize("imag", ["tied", "free"])
-def test_moving_average_of_timm(imag: str, x):
+def test_moving_average_of_timm(x):
     model = resnet().train()
-    convert(model, select=half_of, imag=imag)
+    convert(model, select=half_of)
     ema = timm.utils.ModelEmaV3(model, decay=0.5)
     assert torch.equal(outputs(ema.module, x), outputs(model.eval(), x))
     before = {key: value.clone() for key, value in ema.module.state_dict().items()}
@@ -432,8 +412,7 @@ def test_synchronised_batch_norm(synchronise, name: str, x):
     expected = outputs(model, x)
     converted_keys = list(model.state_dict())
     model = synchronise(model)
-    stem = next(module for module in model.modules() if isinstance(module, mixpool.MixPoolStem))
-    assert "SyncBatchNorm" in type(stem.bn).__name__
+    assert "SyncBatchNorm" in type(stem_of(model).bn).__name__
     assert list(model.state_dict()) == converted_keys
     assert torch.equal(outputs(model, x), expected)
     revert(model)
@@ -461,7 +440,7 @@ def test_other_numbers_of_input_channels(in_chans: int, tmp_path):
     convert(model, select="none")
     assert torch.equal(outputs(model, x), stock)
     revert(model)
-    assert convert(model, select="all", images=x).num_modulus == 64
+    assert convert(model, select="all", images=x).num_complex == 64
     assert outputs(model, x).isfinite().all()
     with pytest.raises(ValueError, match=f"{in_chans}, H, W"):
         model(torch.randn(2, 3, 64, 64))
@@ -493,7 +472,7 @@ def test_timm_loads_a_stock_file_before_and_into_a_converted_model(tmp_path, x):
 
 def test_timm_loads_a_converted_file(tmp_path, x):
     source = resnet()
-    convert(source, select=half_of, blur=1)
+    convert(source, select=half_of, pooling="cmod")
     torch.save({"state_dict": source.state_dict(), "epoch": 3}, tmp_path / "converted.pth.tar")
     model = BUILDERS["timm"]().eval()
     convert(model, select="none")
@@ -614,19 +593,15 @@ def test_layer_decay_treats_the_stem_as_before(name: str):
         return {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
 
     before, names = settings(), {id(p): key for key, p in model.named_parameters()}
-    convert(model, select="all", imag="free")
+    convert(model, select="all")
     after = settings()
-    assert {names[i]: setting for i, setting in before.items()} == {names[i]: after[i] for i in before}
-    new = {key: after[id(p)] for key, p in model.named_parameters() if id(p) not in before}
-    assert [key.rsplit(".", 1)[-1] for key in new] == ["weight_imag"]
-    lowest = min(scale for scale, _ in before.values())
-    stem = next(module for module in model.modules() if isinstance(module, mixpool.MixPoolStem))
-    assert after[id(stem.weight_imag)] == after[id(stem.weight)] == (lowest, 0.05)
-    assert after[id(stem.bn.weight)] == (lowest, 0.0)
+    assert {names[i]: setting for i, setting in before.items()} == {names[i]: after[i] for i in after}
+    lowest, stem = min(scale for scale, _ in before.values()), stem_of(model)
+    assert after[id(stem.weight)] == (lowest, 0.05) and after[id(stem.bn.weight)] == (lowest, 0.0)
     # Freezing by the group matcher reaches the same parameters.
+    own = {key for key, p in model.named_parameters() if p is stem.weight or p is stem.bn.weight}
     matched = timm.models.group_parameters(model, model.group_matcher(coarse=True))
-    stems_group = next(group for group, keys in matched.items() if any(key.endswith("weight_imag") for key in keys))
-    assert stems_group == min(matched)
+    assert {group for group, keys in matched.items() if own & set(keys)} == {min(matched)}
 
 
 def test_first_convolution_and_classifier_names_hold():
@@ -646,7 +621,7 @@ def test_models_built_with_blur_pool(name: str, x):
     model = randomised(timm.create_model(name, **options))
     stock, keys = outputs(model, x), list(model.state_dict())
     report = convert(model, select="none")
-    assert report.max_blur == 3 and any("BlurPool" in note for note in report.notes)
+    assert set(report.poolings) == {"blurpool"} and any("BlurPool" in note for note in report.notes)
     assert torch.equal(outputs(model, x), stock)
     assert list(stock_state_dict(model)) == keys
     state = model.state_dict()
