@@ -45,19 +45,17 @@ def run(options: argparse.Namespace) -> None:
     print(report)
     metadata = {
         "model": options.model,
-        "blur": str(report.blur),
-        "max_blur": str(report.max_blur),
-        "imag": report.imag,
+        "pooling": options.pooling,
+        "rest": options.rest,
         "select": options.select,
         "stem": options.stem or "",
-        "num_modulus": str(report.num_modulus),
+        "num_complex": str(report.num_complex),
         "mixpool_version": mixpool.__version__,
     }
     write_safetensors(model, output, metadata)
     print(
         f"\nwrote {output}\n"
         "to use it: build the stock model, mixpool.convert(model"
-        + (', imag="free"' if report.imag == "free" else "")
         + (f', stem="{options.stem}"' if options.stem else "")
         + f'), model.load_state_dict(safetensors.torch.load_file("{output}"))'
     )

@@ -31,16 +31,20 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
         "--select",
         metavar="WHICH",
         default="auto",
-        help="channels for the modulus: auto, all, none, or numbers such as 0,4,10-15 (default: %(default)s)",
+        help="channels to swap: auto, all, none, or numbers such as 0,4,10-15 (default: %(default)s)",
     )
     pooling.add_argument(
-        "--blur", type=int, choices=(1, 3), default=3, help="3: mean of the modulus over the window; 1: its centre"
+        "--pooling",
+        choices=("modulus", "energy", "cmod"),
+        default="modulus",
+        help="of these channels: the mean of the modulus over the window, the root of its mean square, or the modulus "
+        "at its centre (default: %(default)s)",
     )
     pooling.add_argument(
-        "--max-blur", type=int, choices=(1, 3), default=1, help="3: the other channels pool as BlurPool; 1: as before"
-    )
-    pooling.add_argument(
-        "--imag", choices=("tied", "free"), default="tied", help="imaginary filters follow the real ones, or are free"
+        "--rest",
+        choices=("max", "blurpool"),
+        default="max",
+        help="of the other channels: as before, or as BlurPool (default: %(default)s)",
     )
     pooling.add_argument("--stem", metavar="NAME", help="the stem's convolution, if it is not the first")
     images = parser.add_argument_group("images")
@@ -117,9 +121,8 @@ def load_and_convert(
     report = convert(
         model,
         select=select,
-        blur=options.blur,
-        max_blur=options.max_blur,
-        imag=options.imag,
+        pooling=options.pooling,
+        rest=options.rest,
         images=images,
         stem=options.stem,
     )
@@ -135,13 +138,13 @@ def _present_report(model: nn.Module, options: argparse.Namespace) -> Conversion
     from mixpool.selection.plan import ChannelPlan
     from mixpool.selection.stats import analyze
 
-    usual = {"select": "auto", "blur": 3, "max_blur": 1, "imag": "tied", "stem": None, "images": None}
+    usual = {"select": "auto", "pooling": "modulus", "rest": "max", "stem": None, "images": None}
     given = [f"--{name.replace('_', '-')}" for name, value in usual.items() if getattr(options, name) != value]
     if given:
         raise ValueError(f"the model is converted already: its plan is shown as it is, without {' and '.join(given)}")
     name, stem = next(iter(converted_stems(model).items()))
-    stats, count = analyze(stem.weight.detach(), stem.stride, window=stem.window), len(stem.kinds)
+    stats, count = analyze(stem.weight.detach(), stem.stride, window=stem.window), len(stem.poolings)
     options.select = None  # for the JSON: nothing was selected here
-    plan = ChannelPlan(stem.kinds, ("as the model has it",) * count, stats, torch.full((count,), math.nan))
+    plan = ChannelPlan(stem.poolings, ("as the model has it",) * count, stats, torch.full((count,), math.nan))
     parts = name if stem.stock is None else " -> ".join(stem.stock.names.values())
-    return ConversionReport(parts, plan, stem.blur, stem.max_blur, stem.imag, None, ())
+    return ConversionReport(parts, plan, None, ())

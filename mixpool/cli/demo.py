@@ -57,11 +57,11 @@ def run(options: argparse.Namespace) -> None:
         SHIFTS,
         title=_headline(curves["mixpool"][0], curves["max pooling"][0]),
         subtitle=(
-            f"The stem of {name} with {weights}: {result.report.num_modulus} of {len(result.report.kinds)} channels on "
-            f"modulus pooling. {result.num_photos} photos. The maps show one ordinary channel."
+            f"The stem of {name} with {weights}: {result.report.num_complex} of {len(result.report.poolings)} channels "
+            f"on modulus pooling. {result.num_photos} photos. The maps show one ordinary channel."
         ),
         channel=result.channel,
-        num_swapped=result.report.num_modulus,
+        num_swapped=result.report.num_complex,
     )
     print(f"\npicture: {save_figure(figure, folder / 'demo.png')}")
 

@@ -261,11 +261,11 @@ def _load(name: str, file: str | None, options: argparse.Namespace) -> list[_Ent
 
 
 def _stems_of(model: nn.Module) -> dict[str, Any]:
-    """Whether the model that is measured has converted stems, and how many of their channels take the modulus."""
+    """Whether the model that is measured has converted stems, and how many of their channels are complex."""
     from mixpool.conversion.stock import converted_stems
 
     stems = converted_stems(model).values()
-    return {"converted": bool(stems), "num_modulus": sum(stem.num_modulus for stem in stems)}
+    return {"converted": bool(stems), "num_complex": sum(stem.num_complex for stem in stems)}
 
 
 def _tell_what_was_taken(

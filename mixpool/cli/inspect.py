@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
 
         name = next(iter(converted_stems(model)))
         weight = stock_state_dict(model)[f"{name}.weight"]  # as it was before any calibration
-        plot = save_figure(plot_filter_bank(weight, report), options.plot)
+        plot = save_figure(plot_filter_bank(weight, report.plan), options.plot)
     if options.json:
         print(json.dumps(report_as_dict(report, options, photos), indent=2, allow_nan=False))
     else:
@@ -58,17 +58,16 @@ def report_as_dict(report: ConversionReport, options: argparse.Namespace, photos
         "center_frequency": stats.center_frequency.tolist(),
         "phase_step": stats.phase_step.tolist(),
         "orientation_degrees": (stats.orientation * (180 / math.pi)).tolist(),
-        "slow_share": stats.slow_share.tolist(),
         "bandwidth": stats.bandwidth.tolist(),
         "relative_bandwidth": stats.relative_bandwidth.tolist(),
         "concentration": stats.concentration.tolist(),
         "dc_share": stats.dc_share.tolist(),
         **{f"predicted_{name}": _or_none(values.flatten()) for name, values in stats.predicted._asdict().items()},
-        "fidelity": [None] * len(plan.kinds) if plan.fidelity is None else _or_none(plan.fidelity),
+        "fidelity": [None] * len(plan.poolings) if plan.fidelity is None else _or_none(plan.fidelity),
     }
     channels = [
         {"channel": i, "kind": kind, "reason": reason, **{name: column[i] for name, column in columns.items()}}
-        for i, (kind, reason) in enumerate(zip(plan.kinds, plan.reasons, strict=True))
+        for i, (kind, reason) in enumerate(zip(plan.poolings, plan.reasons, strict=True))
     ]
     return {
         "mixpool_version": mixpool.__version__,
@@ -77,11 +76,9 @@ def report_as_dict(report: ConversionReport, options: argparse.Namespace, photos
         "pretrained": options.pretrained,
         "stem": report.stem,
         "select": options.select,
-        "blur": report.blur,
-        "max_blur": report.max_blur,
-        "imag": report.imag,
-        "num_channels": len(plan.kinds),
-        "num_modulus": report.num_modulus,
+        "poolings": {name: plan.poolings.count(name) for name in sorted(set(plan.poolings))},
+        "num_channels": len(plan.poolings),
+        "num_complex": report.num_complex,
         "agreement": None
         if agreement is None
         else {"top1": agreement.top1, "kl": agreement.kl, "num_images": agreement.num_images},

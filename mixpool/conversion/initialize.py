@@ -31,7 +31,7 @@ from mixpool.stem.parts import check_parts
 # The packets are decimated by 2**J in all, so the convolution's stride is half of that and max pooling's is 2.
 DEPTH_OF_STRIDE = {2: 2, 4: 3}
 # At stride 2 more than the 24 of 64 of paper 2's twin of ResNet, since they did better on CIFAR-10
-# (benchmarks/README.md); at stride 4 the 32 of 64 of its twin of AlexNet.
+# (benchmarks/cifar10/README.md); at stride 4 the 32 of 64 of its twin of AlexNet.
 SHARE_OF_STRIDE = {2: 3 / 4, 4: 1 / 2}
 
 

@@ -15,7 +15,7 @@ from mixpool.conversion.report import ConversionReport
 from mixpool.evaluation.photos import demo_photos, normalize
 from mixpool.evaluation.shifts import relative_change, shifted_crop
 from mixpool.filters.gabor import gabor_bank
-from mixpool.stem.module import BlurPoolStem, CModStem, MixPoolStem
+from mixpool.stem.module import MixPoolStem
 
 SIZE = 224  # pixels, side of the crops that the stems see
 SHIFTS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -47,20 +47,20 @@ class DemoResult:
     num_photos: int
 
     @property
-    def is_modulus(self) -> Tensor:
-        return torch.tensor(self.report.plan.is_modulus)
+    def is_complex(self) -> Tensor:
+        return torch.tensor(self.report.plan.is_complex)
 
     def mean_change(self, pooling: str, swapped_only: bool = True) -> list[float]:
         """Change at each shift, averaged over the swapped channels or over all; constant channels do not count."""
         changes = self.changes[pooling]
-        return (changes[:, self.is_modulus] if swapped_only else changes).nanmean(dim=1).tolist()
+        return (changes[:, self.is_complex] if swapped_only else changes).nanmean(dim=1).tolist()
 
     def table(self, shifts: Iterable[int] = (1, 2, 3, 4, 6, 8)) -> str:
         """The mean changes as text: the swapped channels, then all of them."""
         shifts = tuple(shifts)
         width = max(len(name) for name in POOLINGS) + 2
         lines = []
-        for swapped_only, count in ((True, int(self.is_modulus.sum())), (False, len(self.is_modulus))):
+        for swapped_only, count in ((True, int(self.is_complex.sum())), (False, len(self.is_complex))):
             head = f"{'swapped' if swapped_only else 'all'} {count}"
             lines.append(f"{head:<{width}}" + "".join(f"{shift:>5} px" for shift in shifts))
             for name in POOLINGS:
@@ -90,7 +90,7 @@ def run_demo(model: nn.Module, *, gabor: bool, track=lambda steps, total: steps)
         set_gabor_bank(found, shifted_crop(images, SIZE, 0))
     parts = copy.deepcopy(_parts(found))
     report = convert(model)
-    if report.num_modulus == 0:
+    if report.num_complex == 0:
         raise ValueError(
             "no channel of this model's stem is a band-pass filter fast enough to swap: untrained weights?"
         )
@@ -153,18 +153,18 @@ def _parts(found: FoundStem) -> tuple[nn.Module | None, ...]:
 
 def _stems(parts: tuple, report: ConversionReport, converted: nn.Module) -> dict[str, nn.Module]:
     """The same stem under each pooling, each with its own copy of the parameters."""
-    conv, norm, act, pool = parts
+    cmod = ["cmod" if flag else "max" for flag in report.plan.is_complex]
     stems = {
-        "max pooling": MixPoolStem(*copy.deepcopy(parts), select="none"),
-        "BlurPool": BlurPoolStem(*copy.deepcopy(parts)),
-        "CMod (no blur)": CModStem(*copy.deepcopy(parts), select=report.plan.is_modulus),
+        "max pooling": MixPoolStem(*copy.deepcopy(parts)),
+        "BlurPool": MixPoolStem(*copy.deepcopy(parts), pooling="blurpool"),
+        "CMod (no blur)": MixPoolStem(*copy.deepcopy(parts), pooling=cmod),
         "mixpool": converted,
     }
     return {name: stems[name].eval() for name in POOLINGS}
 
 
 def _complex_kernel(stem: MixPoolStem, channel: int) -> Tensor:
-    row = stem.modulus_index.tolist().index(channel)
+    row = stem.structure().complex_index.tolist().index(channel)
     return torch.complex(stem.weight[channel], stem.imaginary_weight()[row]).detach()
 
 
@@ -173,7 +173,7 @@ def _typical_channel(curves: dict[str, Tensor], outputs: dict[str, tuple], repor
 
     So the picture shows an ordinary channel, not the best one.
     """
-    swapped = torch.tensor(report.plan.is_modulus).nonzero()[:, 0]
+    swapped = torch.tensor(report.plan.is_complex).nonzero()[:, 0]
     gain = (curves["mixpool"][0] / curves["max pooling"][0])[swapped].log()
     response = outputs["max pooling"][0][swapped].std(dim=(1, 2))
     responsive = response >= response.median()

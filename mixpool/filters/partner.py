@@ -23,7 +23,7 @@ def partner_prior(grid: Tensor) -> Tensor:
 
     One power of |xi| steeper than the images themselves: an error at low frequencies is seen by the whole pooling
     window at once. Measured against the images' own prior, the correlation of CMod with max pooling on SqueezeNet's
-    filters below 1.2 rad/px rises from 0.60 to 0.66 (`benchmarks.partner`).
+    filters below 1.2 rad/px rises from 0.60 to 0.66 (`benchmarks.selecting.partner`).
     """
     return (grid.square().sum(dim=-1) + 0.01**2) ** -1.5
 
@@ -108,24 +108,6 @@ def _solve_partner(weight: Tensor, direction: Tensor) -> Tensor:
         right_side.append(torch.fft.ifft2(spectrum).real[..., :taps_y, :taps_x].flatten(1))
     partner = torch.cholesky_solve(torch.stack(right_side).flatten(0, 1).T, factor).T
     return partner.reshape(weight.shape).to(weight.dtype)
-
-
-def hilbert_partner(weight: Tensor, direction: Tensor | None = None, size: int = PRIOR_SIZE) -> Tensor:
-    """Plain Hilbert partner: the directional Hilbert transform on a large odd grid, cropped back to the taps.
-
-    For comparison only: cropping leaves a DC leak that ruins low-frequency edge filters. Arguments as
-    `analytic_partner`; `size` is the odd side of the grid.
-    """
-    direction = center_frequency(weight).detach() if direction is None else direction
-    side = half_plane_side(frequency_grid(size, weight.device), direction.double())
-    spectrum = torch.fft.fft2(weight.double(), s=(size, size))
-    partner = torch.fft.ifft2(-1j * side[:, None] * spectrum).real
-    return partner[..., : weight.shape[-2], : weight.shape[-1]].to(weight.dtype)
-
-
-def analytic_filter(weight: Tensor, direction: Tensor | None = None) -> Tensor:
-    """Complex filter W + iV, (C, I, kH, kW); its real part equals `weight` exactly."""
-    return torch.complex(weight, analytic_partner(weight, direction))
 
 
 def wrong_side_energy(weight: Tensor, weight_imag: Tensor, direction: Tensor) -> Tensor:

@@ -106,23 +106,6 @@ def dc_share(weight: Tensor, *, power: Tensor | None = None) -> Tensor:
     return ratio(power[:, 0, 0], power.amax(dim=(1, 2)))
 
 
-def slow_share(weight: Tensor, stride: int | Sequence[int], *, power: Tensor | None = None) -> Tensor:
-    """(C,) share of a filter's response to natural images that hardly turns within a pooling window; differentiable.
-
-    The response's energy is S(xi) |W^(xi)|^2, with the prior S of natural images. From one step of the convolution to
-    the next its phase turns by stride * xi, of which only the remainder modulo 2 pi counts (aliasing). Where that is
-    less than pi / 2 a window of 3 does not see a whole half wave, and its maximum is not a modulus. So this one
-    number joins frequency, orientation, bandwidth and stride. 0 for a zero filter.
-    """
-    power = power_spectrum(weight) if power is None else power
-    grid = frequency_grid(power.shape[-1], power.device, power.dtype)
-    energy = power * natural_image_prior(grid)
-    turn = grid * torch.tensor(pair(stride), device=grid.device, dtype=grid.dtype)
-    turn = ((turn + math.pi).remainder(2 * math.pi) - math.pi).norm(dim=-1)
-    slow = (energy * (turn < math.pi / 2)).sum(dim=(1, 2))
-    return ratio(slow, energy.sum(dim=(1, 2)))
-
-
 def natural_image_prior(grid: Tensor) -> Tensor:
     """Power spectrum of natural images up to a factor, 1 / (|xi|^2 + 0.02^2), at frequencies (..., 2) in rad/px."""
     return 1 / (grid.square().sum(dim=-1) + 0.02**2)

@@ -1,4 +1,4 @@
-"""Figures of filter banks and of the demo. They take data, return a matplotlib Figure, and never run a model."""
+"""A filter bank as a picture: its tiles, and where they lie in the frequency plane."""
 
 from __future__ import annotations
 
@@ -19,47 +19,43 @@ from mixpool.figures import (
     TEXT,
     blank_figure,
 )
+from mixpool.selection.plan import ChannelPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from mixpool.conversion.report import ConversionReport
-    from mixpool.selection.plan import ChannelPlan
-
-
 # --- the filter bank --------------------------------------------------------------------------------------------------
 
 
-def plot_filter_bank(weight: Tensor, report: ConversionReport | ChannelPlan) -> Figure:
+def plot_filter_bank(weight: Tensor, plan: ChannelPlan) -> Figure:
     """All filters, those on modulus pooling framed in blue, beside their centre frequencies in the frequency plane.
 
     Args:
         weight: (C, I, kH, kW) of the stem's convolution. RGB filters are drawn in colour, zero is mid-gray; with
             another number of inputs the strongest spatial pattern of the filter is drawn in gray.
-        report: what `convert` returned, or its plan.
+        plan: of these channels.
     Raises:
         ValueError: the number of filters is not that of the plan.
     """
-    plan = getattr(report, "plan", report)
-    if weight.ndim != 4 or len(weight) != len(plan.kinds):
-        raise ValueError(f"expected a weight of {len(plan.kinds)} filters, got {tuple(weight.shape)}")
+    if weight.ndim != 4 or len(weight) != len(plan.poolings):
+        raise ValueError(f"expected a weight of {len(plan.poolings)} filters, got {tuple(weight.shape)}")
     columns = math.ceil(math.sqrt(len(weight)))
     rows = math.ceil(len(weight) / columns)
     figure = blank_figure(10.0, 5.0)
     figure.text(0.025, 0.95, "Filters of the stem; blue frame: modulus pooling", size=12, weight="bold", **TEXT)
     figure.text(0.555, 0.95, "Where they lie in the frequency plane", size=12, weight="bold", **TEXT)
     bank = figure.add_axes((0.025, 0.04, 0.47, 0.88))
-    _draw_bank(bank, weight, plan.is_modulus, rows, columns)
+    _draw_bank(bank, weight, plan.is_complex, rows, columns)
     _draw_frequency_plane(figure.add_axes((0.60, 0.165, 0.36, 0.69)), plan)
     return figure
 
 
-def _draw_bank(axes: Axes, weight: Tensor, is_modulus: Sequence[bool], rows: int, columns: int) -> None:
+def _draw_bank(axes: Axes, weight: Tensor, is_complex: Sequence[bool], rows: int, columns: int) -> None:
     """One tile per filter in the order of the channels, row by row."""
     axes.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal", anchor="NW")
     axes.axis("off")
     margin = 0.12
-    for channel, (tile, modulus) in enumerate(zip(filter_tiles(weight), is_modulus, strict=True)):
+    for channel, (tile, modulus) in enumerate(zip(filter_tiles(weight), is_complex, strict=True)):
         row, column = divmod(channel, columns)
         left, right, top, bottom = column + margin, column + 1 - margin, row + margin, row + 1 - margin
         axes.imshow(tile, extent=(left, right, bottom, top), interpolation="nearest", zorder=1)
@@ -85,13 +81,13 @@ def _draw_frequency_plane(axes: Axes, plan: ChannelPlan) -> None:
     """Centre frequencies, solid in the half plane they are given in and faint at their mirror image."""
     stats = plan.stats
     fy, fx = stats.center_frequency.unbind(dim=1)
-    is_modulus = torch.tensor(plan.is_modulus)
+    is_complex = torch.tensor(plan.is_complex)
     axes.add_patch(Rectangle((-math.pi, -math.pi), 2 * math.pi, 2 * math.pi, facecolor="#F5F5F5", edgecolor="#888888"))
     stride_y, stride_x = stats.stride
     axes.add_patch(Ellipse((0, 0), math.pi / stride_x, math.pi / stride_y, fc="white", ec=MUTED, ls="--"))
     for chosen, color, marker, label in (
-        (~is_modulus, MAX_COLOR, "s", "max pooling"),
-        (is_modulus, MODULUS_COLOR, "o", "modulus"),
+        (~is_complex, MAX_COLOR, "s", "max pooling"),
+        (is_complex, MODULUS_COLOR, "o", "modulus"),
     ):
         axes.scatter(-fx[chosen], -fy[chosen], s=16, c=color, marker=marker, alpha=0.22, linewidths=0, zorder=2)
         label = f"{label}: {int(chosen.sum())} channels"

@@ -6,7 +6,7 @@ whole filter counts: both its poolings run on a fixed set of synthetic pictures 
 would be on photographs (`comparison`). No photograph is read, nothing is random, and a filter's scale does not matter.
 
 Each picture also counts as its negative, which costs no convolution: without it the maximum would see more bright
-spots than dark ones, or fewer, by chance. How close this comes to photographs: `benchmarks/README.md`.
+spots than dark ones, or fewer, by chance. How close this comes to photographs: `benchmarks/selecting/README.md`.
 """
 
 from __future__ import annotations

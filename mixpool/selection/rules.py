@@ -1,6 +1,6 @@
 """Which channels pool by the complex convolution: from their filters alone, or also from how they pool real images.
 
-The thresholds below come from `python -m benchmarks.selecting`; its records and its page say how.
+The thresholds below come from `python -m benchmarks.selecting.selection`; its records and its page say how.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mixpool.stem.module import MixPoolStem
 Select = str | Sequence[bool] | Sequence[str] | Callable[[FilterStats], Sequence[bool]]
 
 MAX_DC_SHARE = 0.05  # a filter that sees the mean brightness is no band-pass filter
-# Correlation of the modulus (blur=3) with max pooling, as predicted from the weights alone.
+# Correlation of the modulus with max pooling, as predicted from the weights alone.
 MIN_PREDICTED_CORRELATION = 0.85
 # With images their own correlation decides, among all channels for which it is not hopeless.
 MIN_CANDIDATE_CORRELATION = 0.70

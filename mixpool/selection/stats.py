@@ -19,7 +19,6 @@ from mixpool.filters.spectrum import (
     orientation,
     pair,
     power_spectrum,
-    slow_share,
 )
 from mixpool.selection.compare import PoolingStats
 from mixpool.selection.predict import predict
@@ -39,8 +38,6 @@ class FilterStats:
         bandwidth: (C,) rms distance of the half-plane energy from the centre frequency, radians per pixel.
         concentration: (C,) largest share of the half-plane energy inside a square of side pi / stride, in [0, 1].
         dc_share: (C,) energy at zero frequency over the peak energy, in [0, 1]; 1 for a low-pass filter.
-        slow_share: (C,) share of the filter's response to natural images that turns by less than a quarter of a
-            wave per step of the convolution, in [0, 1]; see `filters.slow_share`.
         stride: pixels per step of the convolution, (y, x).
         weight: (C, I, kH, kW) float64, the filters themselves.
         window: positions of the convolution per axis under one pooling window, 2 or 3.
@@ -50,7 +47,6 @@ class FilterStats:
     bandwidth: Tensor
     concentration: Tensor
     dc_share: Tensor
-    slow_share: Tensor
     stride: tuple[int, int]
     weight: Tensor
     window: int = 3
@@ -86,34 +82,9 @@ class FilterStats:
         return predict(self.weight, self.stride, window=self.window)
 
     @property
-    def predicted_gap(self) -> Tensor:
-        """(C,) ||RMax - CMod|| / ||CMod|| at blur 1 (the theory's gamma, here with the filter's whole band)."""
-        return self.predicted.gap
-
-    @property
-    def predicted_correlation_blur1(self) -> Tensor:
-        """(C,) Pearson correlation of CMod at blur 1 with RMax."""
-        return self.predicted.correlation_blur1
-
-    @property
     def predicted_correlation_blur3(self) -> Tensor:
         """(C,) Pearson correlation of CMod at blur 3 with RMax."""
         return self.predicted.correlation_blur3
-
-    @property
-    def predicted_instability_max(self) -> Tensor:
-        """(C,) ||change of RMax|| / ||RMax|| when the picture moves one pixel to the side."""
-        return self.predicted.instability_max[0]
-
-    @property
-    def predicted_instability_blur1(self) -> Tensor:
-        """(C,) ||change of CMod|| / ||CMod|| at blur 1 when the picture moves one pixel to the side."""
-        return self.predicted.instability_blur1[0]
-
-    @property
-    def predicted_instability_blur3(self) -> Tensor:
-        """(C,) ||change of CMod|| / ||CMod|| at blur 3 when the picture moves one pixel to the side."""
-        return self.predicted.instability_blur3[0]
 
     def __len__(self) -> int:
         return len(self.bandwidth)
@@ -158,7 +129,6 @@ def analyze(
         bandwidth=bandwidth(weight, frequency, power=power),
         concentration=concentration(weight, stride, frequency, power=power),
         dc_share=dc_share(weight, power=power),
-        slow_share=slow_share(weight, stride, power=power),
         stride=stride,
         weight=weight,
         window=window,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mixpool.conversion.convert import convert
 from mixpool.conversion.stock import converted_stems
+from mixpool.timm_models.model import OLD_KEYWORDS
 
 TORCHVISION = "torchvision/"
 HUBS = ("hf_hub:", "hf-hub:", "local-dir:")
@@ -48,10 +49,9 @@ class Checkpoint:
     settings: Mapping[str, Any] | None = None
 
     @property
-    def stems(self) -> dict[str, str]:
-        """Name -> imag, "tied" or "free", of every converted stem; empty for a stock model's state."""
-        names = [key.removesuffix(".plan") for key in self.state if key.endswith(".plan")]
-        return {name: "free" if f"{name}.weight_imag" in self.state else "tied" for name in names}
+    def stems(self) -> list[str]:
+        """Names of the converted stems; empty for a stock model's state."""
+        return [key.removesuffix(".plan") for key in self.state if key.endswith(".plan")]
 
     def is_of(self, name: str) -> bool:
         """Whether the network that was trained is the one of this name, or the mixpool or stock model to it."""
@@ -68,7 +68,9 @@ class Checkpoint:
         settings = self.settings or {}
         found = {argument: settings.get(option) for option, argument in BUILT_WITH.items()}
         arguments = {argument: value for argument, value in found.items() if value is not None}
-        return self.arch if self.arch.startswith("mixpool_") else name, arguments | (settings.get("model_kwargs") or {})
+        # Poolings of version 0.1: the state's plan says them.
+        own = {key: value for key, value in (settings.get("model_kwargs") or {}).items() if key not in OLD_KEYWORDS}
+        return self.arch if self.arch.startswith("mixpool_") else name, arguments | own
 
 
 def is_timm_model(name: str) -> bool:
@@ -153,8 +155,8 @@ def load_model(
         return model
     try:
         if not converted_stems(model):
-            for stem, imag in checkpoint.stems.items():
-                convert(model, select="none", imag=imag, stem=stem)
+            for stem in checkpoint.stems:
+                convert(model, select="none", stem=stem)
         model.load_state_dict(checkpoint.state)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{checkpoint.path} does not fit {name}: {' '.join(str(error).split())[:300]}") from error

@@ -45,7 +45,7 @@ GROUPS: dict[str, dict[str, Option]] = {
         "pretrained": Option(bool, False, "start from the published weights"),
         "pretrained_path": Option(str, None, "file with those weights, instead of a download"),
         "initial_checkpoint": Option(str, "", "weights to load, which have to fit as they are"),
-        "model_kwargs": Option(dict, {}, "further arguments of the model, as select=auto blur=3"),
+        "model_kwargs": Option(dict, {}, "further arguments of the model, as select=auto pooling=energy"),
         "num_classes": Option(int, None, "classes of the output (default: the model's)"),
         "gp": Option(str, None, "global pooling (default: the model's)"),
         "in_chans": Option(int, None, "channels of the images (default: 3)"),
@@ -166,7 +166,9 @@ GROUPS: dict[str, dict[str, Option]] = {
         "eval_metric": Option(str, "top1", "what makes a checkpoint the best", choices=("top1", "top5", "loss")),
     },
     "mixpool": {
-        "convert": Option(dict, None, "convert a stock model with these arguments of mixpool.convert, as blur=3"),
+        "convert": Option(
+            dict, None, "convert a stock model with these arguments of mixpool.convert, as pooling=energy"
+        ),
         "convert_images": Option(int, 0, "training images to select and calibrate on; 0 for the filters alone"),
         "distill": Option(str, None, "the teacher: the stock model that the converted one was", choices=("stock",)),
         "on_error": _free(str, "raise", "raise or skip: images that cannot be read"),

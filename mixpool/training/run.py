@@ -209,7 +209,7 @@ def _conversion(model: nn.Module, report) -> str:
     if not stems:
         return "stem: stock"
     return "\n".join(
-        f"stem {name}: {stem.num_modulus} of {len(stem.kinds)} channels on modulus pooling"
+        f"stem {name}: {stem.num_complex} of {len(stem.poolings)} channels pool by a modulus"
         for name, stem in stems.items()
     )
 
