@@ -10,6 +10,5 @@
     groups     these operators beside the reference's poolings that have no kernel
 
 Only `patches` to `moments` and `launch` import triton, and only when an operator runs. Nothing here chooses itself:
-`backend` does. The affine step, the activation and the merge are
-the reference's.
+`backend` does. The affine step, the activation and the merge are the reference's.
 """

@@ -9,7 +9,8 @@ and the bytes of the max channels; re and im are computed again.
 Every kernel is deterministic. Differentiating twice goes through the reference; `backend` sends calls there that need
 more (functorch, forward mode), and asks whether a call can run here at all. A pixel that is not finite reaches a window
 further than in the reference: a patch has taps of weight 0 beside the filter, and 0 * NaN is NaN. Moduli are exact
-between 1e-19 and 1e19, whose squares float32 holds."""
+between 1e-19 and 1e19, whose squares float32 holds.
+"""
 
 from __future__ import annotations
 
