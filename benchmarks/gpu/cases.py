@@ -82,7 +82,7 @@ def cases_of(part: str, *, quick: bool = False, dry: bool = False) -> list[Case]
     """The cases of a part, the most important first.
 
     "stem": the issue's targets, then the other plans of the same setting; "table": what else decides where the fused
-    path is the default (plans of one pooling, other dtypes and layouts, against max-autotune); "shapes": other stems and
+    path is worth it (plans of one pooling, other dtypes and layouts, against max-autotune); "shapes": other stems and
     batches, and float32 images under autocast, against torch.compile's default.
     """
     if part == "stem":

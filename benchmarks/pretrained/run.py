@@ -101,7 +101,7 @@ NETWORKS = {
 # --- what they are converted to ---------------------------------------------------------------------------------------
 
 AS_MIXPOOL, BAND_PASS = "as mixpool", "band-pass"
-# Names -> arguments of convert(), None for the stock network. Of "cmod" hardly any channel would be chosen on images, so
+# Names -> arguments of convert(), None for the stock network. With "cmod" images would choose hardly any channel, so
 # paper 2's CMod takes those that the default takes, or all whose dc share is below 0.05.
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "stock": None,

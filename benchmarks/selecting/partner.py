@@ -2,9 +2,10 @@
 
     python -m benchmarks.selecting.partner   about 2 minutes; writes records/partner.jsonl
 
-Correlation of the modulus (at the window's centre, blur=1 in the records, and its binomial mean over the window, blur=3;
-raw: no fit, no activation) with RMax over the 500 photos, for SqueezeNet's band-pass channels above and below 1.2 rad/px, with the prior-weighted partner, the cropped Hilbert partner and the
-exact directional Hilbert transform of the responses' filters (a 31 x 31 kernel).
+Correlation of the modulus (raw: no fit, no activation; "blur" 1 in the records: at the window's centre, 3: its binomial
+mean) with RMax over the 500 photos, for SqueezeNet's band-pass channels above and below 1.2 rad/px, with the
+prior-weighted partner, the cropped Hilbert partner and the exact directional Hilbert transform of the responses'
+filters (a 31 x 31 kernel).
 """
 
 from __future__ import annotations
