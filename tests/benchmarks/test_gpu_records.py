@@ -27,12 +27,12 @@ def test_the_source_hash_is_gits(tmp_path):
     (package / "fused").mkdir(parents=True)
     (package / "__init__.py").write_text("x = 1\n")
     (package / "fused" / "a.py").write_text("")
-    (package / "fused" / "measured.json").write_text("[]")
+    (package / "fused" / "notes.json").write_text("[]")
     empty = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # git's name of the empty file
     known = subprocess.run(["git", "hash-object", package / "__init__.py"], capture_output=True, text=True)
     if known.returncode:
         pytest.skip("needs git")
-    blobs = [("fused/a.py", empty), ("__init__.py", known.stdout.strip()), ("fused/measured.json", "any")]
+    blobs = [("fused/a.py", empty), ("__init__.py", known.stdout.strip()), ("fused/notes.json", "any")]
     assert records._source_hash_of(package) == records.source_hash(blobs)
     (package / "fused" / "a.py").write_text("y = 2\n")
     assert records._source_hash_of(package) != records.source_hash(blobs)
