@@ -27,6 +27,7 @@ def cost_count() -> str:
     found = _read("cost_count")
     if not found:
         return EMPTY
+    others = [name for name in OTHERS if any(r["provider"] == name for r in found)]
     rows = []
     for subject in SUBJECTS:
         by_variant = {r["provider"]: r for r in found if r["case"] == subject}
@@ -42,10 +43,10 @@ def cost_count() -> str:
         for label, (value, form, ratio_form) in quantities.items():
             ratios = [
                 ratio_form.format(value(by_variant[name]) / value(stock)) if name in by_variant else "-"
-                for name in OTHERS
+                for name in others
             ]
             rows.append([subject, label, form.format(value(stock)), *ratios])
-    return _with_lines(table(["network", "per image", "stock", *OTHERS], rows), found)
+    return _with_lines(table(["network", "per image", "stock", *others], rows), found)
 
 
 def cost_short() -> str:
