@@ -16,6 +16,7 @@ __all__ = [
     "cost_growth",
     "speed",
     "speed_training",
+    "lowpass",
 ]
 
 EMPTY = "Not run yet."
@@ -181,4 +182,19 @@ def _speed_of(mode: str) -> str:
         "channels_last ms",
         "channels_last, times stock",
     ]
+    return table(header, rows) + "\n\n" + machine_line(found[0])
+
+
+def lowpass() -> str:
+    """The window's mean by two average pools, beside the depthwise convolution; a row per layout and way."""
+    found = read("lowpass")
+    rows = []
+    for record in found:
+        cells = [record["layout"], record["provider"]]
+        for name in ("forward", "backward"):
+            ratio = record["ratio"][name]
+            cells.append(f"{record['ms'][name]['p50']:.2f}")
+            cells.append(f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})")
+        rows.append(cells)
+    header = ["layout", "way", "forward, ms", "times the convolution", "backward, ms", "times the convolution"]
     return table(header, rows) + "\n\n" + machine_line(found[0])
