@@ -4,8 +4,8 @@ The dead-leaves model (Lee, Mumford & Huang, Occlusion Models for Natural Images
 scale invariance and the heavy tails of photographs, which no Gaussian texture has; shading and textured leaves add what
 lies between the edges. So a filter responds to it about as it does to photographs, and nothing has to be downloaded.
 
-The numbers below were fitted to photographs once (`python -m benchmarks.selecting.image_model`); the random numbers are those of
-numpy's RandomState, whose streams never change, so that the pictures are the same everywhere.
+The numbers below were fitted to photographs once (`python -m benchmarks.selecting.image_model`); the random numbers are
+those of numpy's RandomState, whose streams never change, so that the pictures are the same everywhere.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def test_a_plan_written_in_any_way_is_what_is_computed(write):
     with torch.no_grad():
         if write == "functional_call":
             everything = {**dict(source.named_parameters()), **dict(source.named_buffers())}
-            assert_same_bits("output", functional_call(stem, everything, (images,)), expected)
-            assert_same_bits("afterwards", stem(images), before)
+            assert_close("output", functional_call(stem, everything, (images,)), expected)
+            assert_close("afterwards", stem(images), before)
             return
         for name, value in stem.state_dict(keep_vars=True).items():
             if write == "data":
