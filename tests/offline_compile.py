@@ -84,7 +84,7 @@ def calls(
     for kind in KINDS:
         matrix, packed = matrix_of(kind, "inference")
         yield f"pack {kind}", launch.pack(matrix, geometry, x, weight, imag, channels, packed), None
-        call, _ = launch.forward(matrix, geometry, x, packed, channels, out, scale=vector, shift=vector, relu=True)
+        call, _ = launch.forward(matrix, geometry, x, packed, channels, out)
         yield f"{kind} forward, inference", call, matrix
 
         matrix, packed = matrix_of(kind, "training")
@@ -108,8 +108,6 @@ def calls(
             call, partial = launch.backward(*arguments, argmax=argmax, **options)
             yield f"{kind} backward{name}", call, matrix
         yield f"unpack {kind}", launch.unpack(matrix, geometry, x, partial[0], channels, weight, imag), None
-    yield "affine forward", launch.affine_forward(out, vector, vector, out, True), None
-    yield "affine backward", launch.affine_backward(out, vector, vector, out, out, True)[0], None
 
 
 def compile_call(call, arch: int):

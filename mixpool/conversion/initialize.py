@@ -140,6 +140,8 @@ def _filled(conv: nn.Conv2d, bank: Tensor) -> Iterator[None]:
     if margin < 0 or odd:
         raise ValueError(f"expected a kernel_size of {taps}, {taps + 2}, {taps + 4}, ..., got {size}")
     parameter, geometry = conv.weight, (conv.kernel_size, conv.padding)
+    if parameter.is_meta:
+        raise ValueError("expected a convolution with initial weights, whose norm the bank takes; got a meta tensor")
     with of_nobody():
         before = parameter.detach().clone()
         norms = before.double().flatten(1).norm(dim=1)

@@ -60,7 +60,8 @@ def centers_are_inside(pool: PoolGeometry) -> bool:
 
 def unreached(size: int, stride: int, padding: int, center: int, ceil_mode: bool) -> int:
     """How many positions at the end of a map no window's centre can reach; negative if a centre can fall outside."""
-    return size - 1 - center - padding - (stride - 1 if ceil_mode else 0)
+    count = size - 1 - center - padding - (stride - 1 if ceil_mode else 0)
+    return max(count, -center) if ceil_mode else count  # every window starts on the map or before it
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -16,8 +16,11 @@ def is_eager() -> bool:
 
 def is_compiled_for_one_size(x: Tensor) -> bool:
     """Whether torch.compile makes a graph for images of this size alone (an exported graph is for others too)."""
-    is_compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    return is_compiled and all(isinstance(length, int) for length in x.shape)
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # as heavy as the compiler, which has it by now
+
+    return all(has_static_value(length) for length in x.shape)  # all are instances of int to the compiler
 
 
 def in_functorch() -> bool:

@@ -368,8 +368,10 @@ def activate_and_merge(
     if len(finished) == 1:
         return finished[0].contiguous(memory_format=memory_format)
     indices = [group.index for group in groups]
-    if in_functorch():  # vmap can neither fill a new tensor in place nor lay one out
-        return torch.cat(finished, dim=1).index_select(1, torch.cat(indices).argsort())
+    if in_functorch() or torch.compiler.is_compiling():
+        # vmap can neither fill a new tensor in place nor lay one out; the compiler's index_copy loses the layout.
+        out = torch.cat(finished, dim=1).index_select(1, torch.cat(indices).argsort())
+        return out if in_functorch() else out.contiguous(memory_format=memory_format)
     first = finished[0]
     size = (first.shape[0], sum(len(index) for index in indices), *first.shape[-2:])
     out = torch.empty(size, dtype=first.dtype, device=first.device, memory_format=memory_format)

@@ -339,9 +339,9 @@ def test_deep_stems_name_the_convolution_before_the_pool():
     report = assert_round_trip(model, "conv1.6 -> bn1 -> act1 -> maxpool", torch.randn(1, 3, 64, 64), stem="conv1.6")
     assert any("not the first convolution" in note for note in report.notes)
     # Its input is features, to which the rule for images does not apply; an explicit choice is the user's.
-    assert convert(model, select="auto", stem="conv1.6").num_modulus == 0
+    assert convert(model, select="auto", stem="conv1.6").num_complex == 0
     revert(model)
-    assert convert(model, select="all", stem="conv1.6").num_modulus == 64
+    assert convert(model, select="all", stem="conv1.6").num_complex == 64
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from support import assert_close, gabor
 from torch import Tensor
 
-from mixpool import analytic_partner, analyze, hilbert_partner
+from mixpool import analytic_partner, analyze
 from mixpool.filters.partner import PRIOR_SIZE
 from mixpool.filters.spectrum import (
     bandwidth,
@@ -22,7 +22,6 @@ from mixpool.filters.spectrum import (
     dc_share,
     orientation,
     power_spectrum,
-    slow_share,
 )
 
 ANGLES = torch.arange(10).mul(math.pi / 10).add(0.01).tolist()
@@ -108,20 +107,6 @@ def test_dc_share_of_known_filters():
     assert_close("random", dc_share(weight), weight.sum((2, 3)).square().sum(1).numpy() / peak)
 
 
-def test_slow_share_by_plain_sums():
-    """Share of S |W^|^2 at frequencies whose phase turns by less than pi / 2 per step; S = 1 / (|xi|^2 + 0.02^2)."""
-    weight = torch.randn(4, 3, 5, 7, dtype=torch.float64)
-    energy = (np.abs(np.fft.fft2(weight.numpy(), s=(65, 65))) ** 2).sum(1)
-    axis = 2 * np.pi * np.fft.fftfreq(65)
-    energy = energy / (axis[:, None] ** 2 + axis**2 + 0.02**2)
-    for stride in ((1, 1), (2, 2), (4, 2)):
-        turns = [np.abs(np.angle(np.exp(1j * step * axis))) for step in stride]
-        slow = np.hypot(turns[0][:, None], turns[1]) < np.pi / 2
-        expected = (energy * slow).sum((1, 2)) / energy.sum((1, 2))
-        assert_close(f"stride {stride}", slow_share(weight, stride), expected)
-    assert slow_share(torch.ones(1, 1, 7, 7), 2) > 0.99 and slow_share(gabor(1.6, 0.4, 21, 3.5), 2) < 0.01
-
-
 # --- the analytic partner ---------------------------------------------------------------------------------------------
 
 
@@ -142,9 +127,7 @@ def test_batched_equals_one_by_one():
         "bandwidth": bandwidth,
         "concentration": lambda w: concentration(w, 2),
         "dc_share": dc_share,
-        "slow_share": lambda w: slow_share(w, 2),
         "analytic_partner": analytic_partner,
-        "hilbert_partner": hilbert_partner,
     }
     for name, function in functions.items():
         assert_close(name, function(weight), torch.cat([function(row[None]) for row in weight]))
@@ -153,7 +136,7 @@ def test_batched_equals_one_by_one():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_are_finite_also_of_a_zero_filter(dtype):
     functions = (center_frequency, bandwidth, lambda w: concentration(w, 2), dc_share, analytic_partner)
-    for function in (*functions, lambda w: slow_share(w, 2)):
+    for function in functions:
         weight = torch.randn(3, 2, 5, 5, dtype=dtype)
         weight[1] = 0
         weight.requires_grad_()
@@ -172,7 +155,6 @@ def test_gradients_against_finite_differences():
         lambda w: bandwidth(w, direction),
         lambda w: concentration(w, 2, direction),
         dc_share,
-        lambda w: slow_share(w, 2),
         lambda w: analytic_partner(w, direction),
     ):
         assert torch.autograd.gradcheck(function, (weight,))

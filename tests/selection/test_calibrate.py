@@ -10,13 +10,16 @@ import math
 import pytest
 import torch
 from gabor_stems import PARTS, gabors, parts, textures
-from support import definition
+from support import COMPLEX, definition
 from torch import Tensor, nn
 
 import mixpool
 from mixpool import MixPoolStem, analytic_partner, analyze, convert
-from mixpool.selection.calibrate import measure
+from mixpool.selection.calibrate import calibrate, measure
 from mixpool.selection.pictures import dead_leaves
+from mixpool.selection.rules import choose
+
+MODULI = ["modulus"] * 6
 
 
 @pytest.fixture
@@ -27,8 +30,8 @@ def images() -> Tensor:
 # --- the measurement on images ----------------------------------------------------------------------------------------
 
 
-def both_poolings(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, images: Tensor, blur: int) -> tuple[Tensor, Tensor]:
-    """Max pooling and modulus of every channel before the activation, by the loops of the definition, (C, P)."""
+def both_poolings(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, images: Tensor, pooling: str) -> tuple[Tensor, Tensor]:
+    """Max pooling and a complex one of every channel before the activation, by the definition's loops, (C, P)."""
     direction = analyze(conv.weight, 2).center_frequency
     weight_imag = analytic_partner(conv.weight.double(), direction)
     if norm is None:
@@ -36,12 +39,12 @@ def both_poolings(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, images: Tensor, 
     else:
         scale = (norm.running_var + norm.eps).rsqrt() * (norm.weight if norm.affine else 1)
         shift = (norm.bias if norm.affine else 0) - norm.running_mean * scale
-    poolings = [
+    pooled = [
         definition(
             images,
             conv.weight,
             conv.bias,
-            is_modulus=[is_modulus] * 6,
+            pooling=[name] * 6,
             weight_imag=weight_imag,
             scale=scale,
             shift=shift,
@@ -49,25 +52,24 @@ def both_poolings(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, images: Tensor, 
             conv_stride=(2, 2),
             conv_padding=(3, 3),
             pool_padding=(1, 1),
-            blur=blur,
         )
-        for is_modulus in (False, True)
+        for name in ("max", pooling)
     ]
-    return tuple(torch.from_numpy(pooled).transpose(0, 1).flatten(1) for pooled in poolings)
+    return tuple(torch.from_numpy(one).transpose(0, 1).flatten(1) for one in pooled)
 
 
-@pytest.mark.parametrize("blur", [1, 3])
+@pytest.mark.parametrize("pooling", COMPLEX)
 @pytest.mark.parametrize("kind", PARTS)
-def test_fits_and_fidelity_equal_an_independent_computation(kind: str, blur: int, images):
+def test_fits_and_fidelity_equal_an_independent_computation(kind: str, pooling: str, images):
     """Least squares by numpy's solver over the definition's loops, and the correlation after the activation."""
     conv, norm, act, pool = parts(*PARTS[kind])
-    by_max, by_modulus = both_poolings(conv, norm, images, blur)
-    stem = MixPoolStem(conv, norm, act, pool, select="none", blur=blur)
+    by_max, by_modulus = both_poolings(conv, norm, images, pooling)
+    stem = MixPoolStem(conv, norm, act, pool)
     index = torch.tensor([4, 0, 1, 5])
-    fits = measure(stem, index, analyze(conv.weight, 2), images)
-    assert torch.equal(fits.index, index)
+    fits = measure(stem, index, analyze(conv.weight, 2), images, [pooling] * 6)
+    assert torch.equal(fits.index, index.sort().values)
     has_offset = conv.bias is not None if norm is None else norm.affine
-    for position, channel in enumerate(index.tolist()):
+    for position, channel in enumerate(fits.index.tolist()):
         x, y = by_modulus[channel], by_max[channel]
         columns = torch.stack([x, torch.ones_like(x)], dim=1) if has_offset else x[:, None]
         gain, *offset = torch.linalg.lstsq(columns, y[:, None]).solution[:, 0].tolist()
@@ -82,17 +84,17 @@ def test_fits_and_fidelity_equal_an_independent_computation(kind: str, blur: int
 def test_the_measurement_leaves_the_stem_alone(images):
     """A stem in training keeps its running statistics and its mode; the fits are those of evaluation."""
     conv, norm, act, pool = parts(*PARTS["norm"])
-    stem = MixPoolStem(conv, norm, act, pool, select="none")
+    stem = MixPoolStem(conv, norm, act, pool)
     stats = analyze(conv.weight, 2)
-    expected = measure(stem, torch.arange(6), stats, images)
+    expected = measure(stem, torch.arange(6), stats, images, MODULI)
     norm.train()
     before = {key: value.clone() for key, value in stem.state_dict().items()}
-    fits = measure(stem, torch.arange(6), stats, images)
+    fits = measure(stem, torch.arange(6), stats, images, MODULI)
     assert norm.training
     assert all(torch.equal(value, before[key]) for key, value in stem.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(fits, expected))
     with pytest.raises(ValueError, match="at least one image"):
-        measure(stem, torch.arange(6), stats, [])
+        measure(stem, torch.arange(6), stats, [], MODULI)
     assert norm.training
 
 
@@ -104,8 +106,8 @@ def test_fidelity_is_high_for_a_wave_that_the_window_sees_whole():
     conv = nn.Conv2d(3, 1, 7, 2, bias=False)
     with torch.no_grad():
         conv.weight.copy_(gabors([1.6], [0.9]))
-    stem = MixPoolStem(conv, None, nn.ReLU(), nn.MaxPool2d(3, 2), select="none")
-    fidelity = measure(stem, torch.tensor([0]), analyze(conv.weight, 2), image).fidelity
+    stem = MixPoolStem(conv, None, nn.ReLU(), nn.MaxPool2d(3, 2))
+    fidelity = measure(stem, torch.tensor([0]), analyze(conv.weight, 2), image, ["modulus"]).fidelity
     assert fidelity.item() > 0.95
 
 
@@ -113,14 +115,16 @@ def test_fidelity_is_high_for_a_wave_that_the_window_sees_whole():
 
 
 @pytest.mark.parametrize("kind", PARTS)
-@pytest.mark.parametrize("imag", ["tied", "free"])
-def test_the_calibration_is_the_least_squares_optimum(kind: str, imag: str, images):
+@pytest.mark.parametrize("pooling", COMPLEX)
+def test_the_calibration_is_the_least_squares_optimum(kind: str, pooling: str, images):
     """No small change of a channel's gain or offset brings the stem closer to the stock stem on the images."""
     conv, norm, act, pool = parts(*PARTS[kind], act=nn.Identity())
     with torch.no_grad():
         stock = nn.Sequential(conv, *([norm] if norm else []), pool)(images)
-        stem = MixPoolStem(conv, norm, act, pool, select="all", imag=imag, images=images).eval()
-        scales = [stem.bn.weight] if norm else [stem.weight, *([stem.weight_imag] if imag == "free" else [])]
+        stem = MixPoolStem(conv, norm, act, pool).eval()
+        plan, fits = choose(stem, "all", images, pooling=pooling)
+        calibrate(stem.lay(plan.poolings), fits)
+        scale = stem.bn.weight if norm else stem.weight
         offset = stem.bn.bias if norm else stem.bias
 
         def error() -> Tensor:
@@ -132,13 +136,11 @@ def test_the_calibration_is_the_least_squares_optimum(kind: str, imag: str, imag
             return
         assert (stem.calibration[:, 0] != 1).all()
         for factor in (0.98, 1.02):
-            for scale in scales:
-                scale.mul_(factor)
+            scale.mul_(factor)
             if norm is None or offset is not None:
                 # the gain alone: what the scaling does to a convolution's bias is the offset's business
                 assert (error() > best * (1 - 1e-5)).all(), f"gain * {factor}"
-            for scale in scales:
-                scale.div_(factor)
+            scale.div_(factor)
         if offset is not None:
             for change in (-0.02, 0.02):
                 offset.add_(change)
@@ -151,7 +153,7 @@ def test_gray_images_on_which_a_channel_sees_nothing():
     """Constant images leave nothing to fit: no NaN, no modulus."""
     conv, norm, act, pool = parts(*PARTS["norm"])
     report = convert(nn.Sequential(conv, norm, act, pool, nn.Flatten()), images=torch.zeros(3, 3, 32, 32))
-    assert report.num_modulus == 0
+    assert report.num_complex == 0
     assert all("nan" not in reason for reason in report.plan.reasons)
     model = nn.Sequential(*parts(*PARTS["norm"]), nn.Flatten())
     convert(model, select="all", images=torch.zeros(3, 3, 32, 32))
@@ -185,8 +187,8 @@ def test_without_images_a_trained_stem_is_calibrated_on_pictures():
         stock = model(pictures)
         state = {key: value.clone() for key, value in model.state_dict().items()}
         report = convert(model)
-        convert(plain, select=report.plan.is_modulus)
-        assert report.num_modulus == 6 and report.plan.fidelity is None
+        convert(plain, select=report.plan.is_complex)
+        assert report.num_complex == 6 and report.plan.fidelity is None
         assert "calibrated on synthetic pictures" in str(report) and "ImageNet" not in str(report)
         error = (model(pictures) - stock).square().mean(dim=(0, 2, 3))
         uncalibrated = (plain(pictures) - stock).square().mean(dim=(0, 2, 3))
@@ -231,7 +233,7 @@ def test_untrained_stems_are_not_calibrated():
         norm = nn.BatchNorm2d(6, track_running_stats=False) if len(model) == 1 else model[1]
         model = nn.Sequential(model[0], norm, nn.ReLU(), nn.MaxPool2d(3, 2, 1))
         report = convert(model)
-        assert report.num_modulus == 6 and "calibrated" not in str(report)
+        assert report.num_complex == 6 and "calibrated" not in str(report)
         assert (model[0].calibration == torch.tensor([1.0, 0.0])).all()
         assert (norm.weight == 1).all() and (norm.bias == 0).all()
 
@@ -240,7 +242,7 @@ def test_dilated_stems_stay_on_max_pooling():
     model = trained()
     model[0].dilation, model[0].padding = (2, 2), (6, 6)
     report = convert(model)
-    assert report.num_modulus == 0 and set(report.plan.reasons) == {"dilated convolution"}
+    assert report.num_complex == 0 and set(report.plan.reasons) == {"dilated convolution"}
 
 
 def test_explicit_choices_are_not_calibrated():

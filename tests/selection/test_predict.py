@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,6 @@ from mixpool.filters import theory
 from mixpool.filters.gabor import _wave
 from mixpool.selection.compare import Comparison, PoolingStats, pool_both
 from mixpool.selection.predict import predict
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def bank(frequencies, angles=(0.0, 0.6, math.pi / 2, 2.3), taps=7) -> Tensor:
@@ -66,10 +63,9 @@ def test_photos_order_the_filters_as_predicted():
         assert torch.corrcoef(pair)[0, 1] > (0.7 if name == "gap" else 0.9), name
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared photos and SqueezeNet")
-def test_squeezenet_on_real_photos():
-    """The issue's figures on every tenth photo; `benchmarks.prediction` has them for 250."""
-    from benchmarks.sample import photos, squeezenet
+def test_squeezenet_on_real_photos(shared_data):
+    """The issue's figures on every tenth photo; `benchmarks.selecting.prediction` has them for 250."""
+    from benchmarks.kit.sample import photos, squeezenet
 
     weight = squeezenet().features[0].weight.detach()
     stats = analyze(weight, 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 import mixpool
 from mixpool import MixPoolStem, analyze, convert
-from mixpool.selection.calibrate import Fits
-from mixpool.selection.rules import MIN_FIDELITY, make_plan, select_by_fidelity, select_by_filter
+from mixpool.ops.reference import POOLINGS
+from mixpool.selection.calibrate import Fits, measure
+from mixpool.selection.rules import MIN_FIDELITY, choose, select_by_fidelity, select_by_filter
 
 ANGLES = [i * math.pi / 8 for i in range(8)]
 FREQUENCIES = [0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.7, 1.9, 2.1]  # radians per pixel
@@ -142,9 +144,9 @@ def test_convert_and_the_stem_follow_the_rule():
     mask, reasons = rule(conv.weight)
     model = nn.Sequential(conv, nn.BatchNorm2d(len(FREQUENCIES)), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
     report = convert(model)
-    assert report.plan.is_modulus == tuple(mask) and report.plan.reasons == tuple(reasons)
+    assert report.plan.is_complex == tuple(mask) and report.plan.reasons == tuple(reasons)
     assert report.plan.fidelity is None
-    assert 0 < report.num_modulus < len(FREQUENCIES)
+    assert 0 < report.num_complex < len(FREQUENCIES)
 
 
 # --- the choice on images ---------------------------------------------------------------------------------------------
@@ -165,15 +167,122 @@ def test_a_plan_with_images_measures_candidates_only(images):
     conv, norm, act, pool = parts(*PARTS["norm"])
     with torch.no_grad():
         conv.weight[0] = 1 / 49  # low-pass: no candidate
-    stem = MixPoolStem(conv, norm, act, pool, select="none")
-    plan, fits = make_plan("auto", stem, images)
-    assert plan.kinds[0] == "max" and plan.fidelity[0].isnan() and plan.reasons[0].startswith("low-pass")
+    stem = MixPoolStem(conv, norm, act, pool)
+    plan, fits = choose(stem, "auto", images)
+    assert plan.poolings[0] == "max" and plan.fidelity[0].isnan() and plan.reasons[0].startswith("low-pass")
     measured = ~plan.fidelity.isnan()
     assert measured.any()
     for channel in measured.nonzero()[:, 0].tolist():
-        assert plan.is_modulus[channel] == (plan.fidelity[channel] >= MIN_FIDELITY).item()
+        assert plan.is_complex[channel] == (plan.fidelity[channel] >= MIN_FIDELITY).item()
         assert f"{plan.fidelity[channel]:.3f}" in plan.reasons[channel]
-    assert fits is None or fits.index.tolist() == [c for c, flag in enumerate(plan.is_modulus) if flag]
+    assert fits is None or fits.index.tolist() == [c for c, flag in enumerate(plan.is_complex) if flag]
+
+
+# --- what a user can ask for ------------------------------------------------------------------------------------------
+
+
+def stem_of(*, dilation: int = 1) -> MixPoolStem:
+    """Six Gabor filters, of which the rule takes the fast ones."""
+    conv, norm, act, pool = parts(*PARTS["norm"])
+    with torch.no_grad():
+        conv.weight[1], conv.weight[4:] = gabors([0.4])[0], gabors([1.9, 2.1], [0.5])
+    conv.dilation, conv.padding = (dilation, dilation), (3 * dilation, 3 * dilation)
+    return MixPoolStem(conv, norm, act, pool)
+
+
+MASK = (True, False, True, True, False, False)
+
+
+@pytest.mark.parametrize("rest", [name for name, entry in POOLINGS.items() if not entry.is_complex])
+@pytest.mark.parametrize("pooling", [name for name, entry in POOLINGS.items() if entry.is_complex])
+def test_the_chosen_take_one_pooling_and_the_rest_another(pooling: str, rest: str):
+    """The decision does not depend on the words."""
+    stem = stem_of()
+    mask, reasons = select_by_filter(analyze(stem.weight, 2))
+    assert 0 < mask.sum() < 6
+    plan, _ = choose(stem, "auto", pooling=pooling, rest=rest)
+    assert plan.poolings == tuple(pooling if flag else rest for flag in mask.tolist())
+    assert plan.reasons == tuple(reasons) and stem.poolings == ("max",) * 6, "the stem stays as it is"
+
+
+def test_what_is_chosen_by_hand():
+    names = ("energy", "max", "cmod", "blurpool", "modulus", "max")
+    expected = tuple("cmod" if flag else "blurpool" for flag in MASK)
+    for select, poolings, reason in (
+        ("all", ("cmod",) * 6, 'select="all"'),
+        ("none", ("blurpool",) * 6, 'select="none"'),
+        (MASK, expected, "given"),
+        (torch.tensor(MASK), expected, "given"),
+        (np.array(MASK), expected, "given"),
+        (lambda stats: stats.frequency > 0, ("cmod",) * 6, "select(stats)"),
+        (names, names, "given"),
+        (lambda stats: iter(names), names, "select(stats)"),
+    ):
+        plan, fits = choose(stem_of(), select, pooling="cmod", rest="blurpool")
+        assert plan.poolings == poolings and plan.reasons == (reason,) * 6
+        assert fits is None and plan.fidelity is None
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        ("some", 'expected select to be "auto", "all", "none", booleans or a function, got \'some\''),
+        ("modulus", "got 'modulus'"),
+        (None, "got None"),
+        (lambda stats: 3, "a function that returned 3"),
+        ([True] * 5, "expected 6 booleans from select, one per output channel, got 5"),
+        (["modulus"] * 5, "expected 6 booleans from select, one per output channel, got 5"),
+        ([0.5] * 6, "expected 6 booleans"),
+        (["modulus", "median", "max", "max", "max", "max"], "expected 6 booleans .* got 6: .*median"),
+    ],
+    ids=str,
+)
+def test_wrong_choices_are_named(select, message: str):
+    with pytest.raises(ValueError, match=message):
+        choose(stem_of(), select)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"pooling": "max"}, r"expected pooling to be one of \('cmod', 'modulus', 'energy'\), got 'max'"),
+        ({"pooling": "median"}, "expected pooling .* got 'median'"),
+        ({"rest": "modulus"}, r"expected rest to be one of \('max', 'blurpool'\), got 'modulus'"),
+        ({"rest": None}, "expected rest .* got None"),
+    ],
+    ids=str,
+)
+def test_wrong_words_are_named(words: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        choose(stem_of(), "none", **words)
+
+
+def test_what_is_chosen_by_hand_is_measured_on_images(images):
+    """Fits of the complex channels alone, each by its own pooling; no fidelity for the others."""
+    names = ("energy", "max", "cmod", "blurpool", "modulus", "max")
+    stem = stem_of()
+    plan, fits = choose(stem, names, images)
+    assert plan.poolings == names and sorted(fits.index.tolist()) == [0, 2, 4]
+    assert plan.fidelity.isnan().tolist() == [False, True, False, True, False, True]
+    for channel, name in ((0, "energy"), (2, "cmod"), (4, "modulus")):
+        alone = measure(stem, torch.tensor([channel]), plan.stats, images, (name,) * 6)
+        assert plan.fidelity[channel].item() == pytest.approx(alone.fidelity.item(), abs=1e-6)
+        assert fits.gain[fits.index == channel].item() == pytest.approx(alone.gain.item(), rel=1e-5)
+    plan, fits = choose(stem, "none", images)
+    assert fits is None and plan.fidelity is None
+
+
+def test_a_dilated_stem_stays_on_the_rest(images):
+    for given in (None, images):
+        plan, fits = choose(stem_of(dilation=2), "auto", given, rest="blurpool")
+        assert plan.poolings == ("blurpool",) * 6 and fits is None
+        assert set(plan.reasons) == {"dilated convolution"}
+
+
+def test_weights_that_do_not_exist_choose_nothing():
+    stem = stem_of().to("meta")
+    with pytest.raises(ValueError, match="got a meta tensor: load weights first"):
+        choose(stem, "none")
 
 
 # --- a real pretrained model on real photos ---------------------------------------------------------------------------
@@ -216,14 +325,14 @@ def test_squeezenet_on_photos(squeezenet, photos):
     by_filter = convert(squeezenet)
     mixpool.revert(squeezenet)
     report = convert(squeezenet, images=photos)
-    print(f"{by_filter.num_modulus} channels by filters; {report.num_modulus} by photos, {report.agreement}")
-    assert 30 <= by_filter.num_modulus <= 40 and "normalised as ImageNet's" in str(by_filter)
-    assert report.num_modulus >= 30
+    print(f"{by_filter.num_complex} channels by filters; {report.num_complex} by photos, {report.agreement}")
+    assert 30 <= by_filter.num_complex <= 40 and "normalised as ImageNet's" in str(by_filter)
+    assert report.num_complex >= 30
     assert report.agreement.num_images == 100
     assert report.agreement.top1 >= 0.75 and report.agreement.kl < 0.3
     assert "WARNING" not in str(report)
     # Fast waves pool alike: the modulus channels are the faster ones.
-    fast = torch.tensor(report.plan.is_modulus)
+    fast = torch.tensor(report.plan.is_complex)
     assert report.stats.phase_step[fast].mean() > report.stats.phase_step[~fast].mean() + 0.5
     mixpool.revert(squeezenet)
     assert all(torch.equal(value, state[key]) for key, value in squeezenet.state_dict().items())

@@ -28,6 +28,7 @@ import mixpool
 import mixpool.timm_models
 import mixpool.timm_models.alexnet
 from mixpool import convert, revert, stock_state_dict
+from mixpool.selection.stats import FilterStats
 from mixpool.timm_models.alexnet import AlexNet
 from mixpool.timm_models.model import MixPoolModel
 from mixpool.timm_models.registry import ARCHITECTURES
@@ -91,7 +92,7 @@ def stock() -> nn.Module:
 def mixed(stock) -> nn.Module:
     """What `convert` makes of it. Do not change it."""
     model = copy.deepcopy(stock)
-    assert 0 < convert(model).num_modulus < 64
+    assert 0 < convert(model).num_complex < 64
     return model
 
 
@@ -106,7 +107,7 @@ def overlay(file: str, num_classes: int = 10) -> dict:
     return {"file": file, "num_classes": num_classes}
 
 
-def every_third(stats: mixpool.FilterStats) -> list[bool]:
+def every_third(stats: FilterStats) -> list[bool]:
     return [channel % 3 == 0 for channel in range(len(stats))]
 
 
@@ -119,10 +120,8 @@ def trained(**options) -> nn.Module:
 def _trained(options: tuple) -> nn.Module:
     options = dict(options)
     model = timm.create_model("mixpool_resnet18", **{"num_classes": 10, "init": "none", "select": "none", **options})
-    stem = stem_of(model)
-    blurs, imag = {"blur": stem.blur, "max_blur": stem.max_blur}, stem.imag
     revert(model)
-    convert(model, select=every_third, imag=imag, **blurs)
+    convert(model, select=every_third, **{name: options[name] for name in ("pooling", "rest") if name in options})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * parameter.std(unbiased=False) * torch.randn_like(parameter))
@@ -140,7 +139,7 @@ def test_every_model_forward_and_backward(name: str, x):
     assert cfg["architecture"] == name and isinstance(model, MixPoolModel)
     stem = model.get_submodule(cfg["first_conv"])
     assert isinstance(stem, mixpool.MixPoolStem)
-    assert stem.num_modulus == (32 if "alexnet" in name else 48) and stem.weight.requires_grad
+    assert stem.num_complex == (32 if "alexnet" in name else 48) and stem.weight.requires_grad
     state = model.state_dict()
     assert f"{cfg['first_conv']}.weight" in state and f"{cfg['classifier']}.weight" in state
     assert state[f"{cfg['classifier']}.weight"].shape[0] == model.num_classes == 7
@@ -289,29 +288,26 @@ def test_the_stem_starts_from_a_bank(bank: str, in_chans: int):
     mixpool.initialize(expected, bank, num_channels=wavelets_of_gray)
     for (key, value), (other, wanted) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
         assert key == other and torch.equal(value, wanted), key
-    assert model.conv1.kinds == ("max",) * (64 - wavelets_of_gray) + ("modulus",) * wavelets_of_gray
+    assert model.conv1.poolings == ("blurpool",) * (64 - wavelets_of_gray) + ("modulus",) * wavelets_of_gray
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_the_bank_can_have_any_number_of_channels():
     torch.manual_seed(3)
     model = timm.create_model("mixpool_resnet18", num_bank=24)
-    assert model.report.num_modulus == model.conv1.num_modulus == 24
+    assert model.report.num_complex == model.conv1.num_complex == 24
     torch.manual_seed(3)
     twin = timm.create_model("mixpool_resnet18", num_bank=24, select="none")
-    assert twin.conv1.num_modulus == 0 and torch.equal(twin.conv1.weight, model.conv1.weight)
-    assert twin.conv1.max_blur == 1, "the twin has the stock pooling"
+    assert twin.conv1.num_complex == 0 and torch.equal(twin.conv1.weight, model.conv1.weight)
+    assert set(twin.conv1.poolings) == {"max"}, "the twin has the stock pooling"
     with pytest.raises(ValueError, match="no num_bank without a bank"):
         timm.create_model("mixpool_resnet18", num_bank=48, init="none")
 
 
-@pytest.mark.parametrize("imag", ["tied", "free"])
-def test_a_stock_state_that_does_not_fit_changes_nothing(imag, x):
-    model = timm.create_model("mixpool_resnet18", num_classes=10, imag=imag).eval()
+def test_a_stock_state_that_does_not_fit_changes_nothing(x):
+    model = timm.create_model("mixpool_resnet18", num_classes=10).eval()
     with torch.no_grad():
         model.conv1.weight.add_(0.1 * torch.randn_like(model.conv1.weight))
-        if imag == "free":
-            model.conv1.weight_imag.mul_(1.5)
     before, state, report = outputs(model, x), copy.deepcopy(model.state_dict()), model.report
     parameters = dict(model.named_parameters())
     for wrong in ({"conv1.weight": torch.randn(64, 3, 5, 5)}, {"conv1.weight": torch.randn(64, 3, 7, 7)}):
@@ -323,15 +319,38 @@ def test_a_stock_state_that_does_not_fit_changes_nothing(imag, x):
 
 
 def test_named_channels_are_pooled_as_the_banks_own():
-    named = timm.create_model("mixpool_resnet18", select=[False] * 16 + [True] * 48)
-    assert (named.conv1.num_modulus, named.conv1.max_blur) == (48, 3)
+    named = timm.create_model("mixpool_resnet18", select=[False] * 16 + [True] * 48, pooling="energy")
+    assert named.conv1.poolings == ("blurpool",) * 16 + ("energy",) * 48
     none = timm.create_model("mixpool_resnet18", select=[False] * 64)
-    assert (none.conv1.num_modulus, none.conv1.max_blur) == (0, 1)
+    assert none.conv1.poolings == ("max",) * 64
+    names = ["energy", "max", "cmod", "blurpool"] * 16
+    assert timm.create_model("mixpool_resnet18", select=names).conv1.poolings == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        ({}, "blurpool"),
+        ({"pooling": "energy"}, "blurpool"),
+        ({"rest": "max"}, "max"),
+        ({"select": "none"}, "max"),
+        ({"select": "none", "rest": "blurpool"}, "blurpool"),
+        ({"select": "none", "aa_layer": "blur"}, "blurpool"),
+        ({"aa_layer": "blur", "rest": "max"}, "max"),
+        ({"init": "none", "select": every_third}, "max"),
+        ({"init": "none", "select": every_third, "aa_layer": "blur"}, "blurpool"),
+    ],
+    ids=str,
+)
+def test_the_pooling_of_the_other_channels(options: dict, others: str):
+    stem = timm.create_model("mixpool_resnet18", **options).conv1
+    complex_ones = {} if options.get("select") == "none" else {options.get("pooling", "modulus")}
+    assert set(stem.poolings) == {others, *complex_ones}
 
 
 def test_a_wide_stem_takes_all_wavelets_that_there_are():
     model = timm.create_model("dpn107", k_sec=(1, 1, 1, 1))
-    assert mixpool.initialize(model).num_modulus == 80  # of 128
+    assert mixpool.initialize(model).num_complex == 80  # of 128
 
 
 def test_the_default_is_the_wavelet_bank():
@@ -340,16 +359,15 @@ def test_the_default_is_the_wavelet_bank():
     torch.manual_seed(3)
     named = timm.create_model("mixpool_resnet18", init="wavelet")
     assert torch.equal(model.conv1.weight, named.conv1.weight)
-    assert (model.conv1.imag, model.conv1.blur, model.conv1.max_blur) == ("tied", 3, 3)
+    assert model.conv1.poolings == named.conv1.poolings and set(model.conv1.poolings) == {"modulus", "blurpool"}
 
 
-def test_without_a_bank(stock):
+def test_without_a_bank():
     torch.manual_seed(3)
-    model = timm.create_model("mixpool_resnet18", init="none", select="all", imag="free", blur=1, max_blur=3)
+    model = timm.create_model("mixpool_resnet18", init="none", select="all", pooling="cmod", rest="blurpool")
     torch.manual_seed(3)
     stock = timm.create_model("resnet18")
-    assert torch.equal(model.conv1.weight, stock.conv1.weight) and model.conv1.num_modulus == 64
-    assert (model.conv1.imag, model.conv1.blur) == ("free", 1)
+    assert torch.equal(model.conv1.weight, stock.conv1.weight) and model.conv1.poolings == ("cmod",) * 64
 
 
 @pytest.mark.parametrize("select", ["none", "all", [True] * 8 + [False] * 56], ids=str)
@@ -359,7 +377,7 @@ def test_select_decides_instead_of_the_bank(select):
     torch.manual_seed(3)
     bank = timm.create_model("mixpool_resnet18")
     assert torch.equal(model.conv1.weight, bank.conv1.weight)
-    assert model.conv1.num_modulus == {"none": 0, "all": 64}.get(str(select), 8)
+    assert model.conv1.num_complex == {"none": 0, "all": 64}.get(str(select), 8)
 
 
 def test_arguments_that_do_not_fit():
@@ -367,8 +385,9 @@ def test_arguments_that_do_not_fit():
         ({"init": "dct"}, "wavelet.*gabor.*none.*'dct'"),
         ({"aa_layer": "sharp"}, "blurpc.*'sharp'"),
         ({"select": [True]}, "64"),
-        ({"imag": "both"}, "tied.*free"),
-        ({"blur": 2}, "blur"),
+        ({"pooling": "max"}, "expected pooling to be one of .*energy.*got 'max'"),
+        ({"rest": "energy"}, "expected rest to be one of .*blurpool.*got 'energy'"),
+        ({"select": "modulus"}, 'expected select to be "auto"'),
     ):
         with pytest.raises(ValueError, match=message):
             timm.create_model("mixpool_resnet18", **options)
@@ -376,6 +395,20 @@ def test_arguments_that_do_not_fit():
         timm.create_model("mixpool_densenet121", aa_layer="avg")
     with pytest.raises(ValueError, match="global_pool"):
         timm.create_model("mixpool_alexnet", global_pool="")
+
+
+@pytest.mark.parametrize("name", ONE_PER_CLASS)
+def test_keywords_of_earlier_versions_are_refused_with_the_present_spelling(name: str):
+    for options, spelling in (
+        ({"blur": 1}, 'instead of blur=1 write pooling="cmod"'),
+        ({"blur": 3}, 'instead of blur=3 write pooling="modulus"'),
+        ({"max_blur": 3}, 'instead of max_blur=3 write rest="blurpool"'),
+        ({"max_blur": 1}, 'instead of max_blur=1 write rest="max"'),
+        ({"imag": "tied"}, "instead of imag='tied' write nothing"),
+        ({"imag": "free"}, "free imaginary filters .* are gone"),
+    ):
+        with pytest.raises(TypeError, match=spelling):
+            timm.create_model(name, **options)
 
 
 # --- stock weights ----------------------------------------------------------------------------------------------------
@@ -389,19 +422,19 @@ def test_stock_weights_are_loaded_and_then_selected_from(name: str, x, tmp_path)
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "stock.pth")})
     expected = copy.deepcopy(stock)
     report = convert(expected)
-    assert 0 < report.num_modulus < 64 and report.kinds == stem_of(model).kinds == model.report.kinds
+    assert 0 < report.num_complex < 64 and report.poolings == stem_of(model).poolings == model.report.poolings
     torch.testing.assert_close(outputs(model, x), outputs(expected, x), rtol=1e-5, atol=1e-5)
     assert torch.equal(stem_of(model).plan, stem_of(expected).plan)
     torch.testing.assert_close(outputs(revert(model), x), outputs(stock, x), rtol=1e-5, atol=1e-5)
 
 
 def test_options_hold_for_stock_weights(stock, stock_file, x):
-    options = {"select": "all", "blur": 1, "max_blur": 3, "imag": "free", "backend": "reference"}
+    options = {"select": every_third, "pooling": "energy", "rest": "blurpool", "backend": "reference"}
     model = timm.create_model("mixpool_resnet18", True, pretrained_cfg_overlay=overlay(stock_file), **options)
     expected = copy.deepcopy(stock)
     convert(expected, **options)
     assert torch.equal(outputs(model, x), outputs(expected, x))
-    assert (model.conv1.imag, model.conv1.blur, model.conv1.backend) == ("free", 1, "reference")
+    assert set(model.conv1.poolings) == {"energy", "blurpool"} and model.conv1.backend == "reference"
     seen = []
     model = timm.create_model(
         "mixpool_resnet18",
@@ -409,7 +442,7 @@ def test_options_hold_for_stock_weights(stock, stock_file, x):
         pretrained_cfg_overlay=overlay(stock_file),
         select=lambda stats: seen.append(stats) or every_third(stats),
     )
-    assert len(seen) == 1 and model.conv1.kinds[:4] == ("modulus", "max", "max", "modulus")
+    assert len(seen) == 1 and model.conv1.poolings[:4] == ("modulus", "max", "max", "modulus")
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])
@@ -417,7 +450,7 @@ def test_stock_weights_on_other_channels_and_classes(in_chans: int, stock_file):
     options = {"pretrained": True, "pretrained_cfg_overlay": overlay(stock_file), "in_chans": in_chans}
     expected = timm.create_model("resnet18", num_classes=6, **options)
     model = timm.create_model("mixpool_resnet18", num_classes=6, **options)
-    assert 0 < model.conv1.num_modulus < 64
+    assert 0 < model.conv1.num_complex < 64
     x = torch.randn(2, in_chans, 64, 64)
     assert outputs(model, x).shape == (2, 6)
     with torch.no_grad():
@@ -454,7 +487,7 @@ def test_pretrained_asks_the_hub_for_the_stock_weights(name: str, hub_id: str, m
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
     model = timm.create_model(name, pretrained=True, select="all")
     assert set(asked) == {hub_id}
-    assert stem_of(model).num_modulus == 64
+    assert stem_of(model).num_complex == 64
     restored = stock_state_dict(model)
     assert list(restored) == list(stock.state_dict())
     assert all(torch.equal(restored[key], value) for key, value in stock.state_dict().items())
@@ -490,10 +523,11 @@ def test_a_densenet_file_of_torchvision(tmp_path, x):
 def test_untrained_stock_weights_give_a_warning(tmp_path):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "untrained.pth")
     file = str(tmp_path / "untrained.pth")
-    with pytest.warns(UserWarning, match="no channel takes the modulus") as caught:
+    with pytest.warns(UserWarning, match="no channel takes the modulus"):
         model = timm.create_model("mixpool_resnet18", True, pretrained_cfg_overlay={"file": file})
+    with pytest.warns(UserWarning, match="no channel takes the modulus"):
         model.load_state_dict(torch.load(file))
-    assert [warning.filename for warning in caught] == [__file__, __file__]  # not timm's file that happens to load
+    assert model.conv1.poolings == ("max",) * 64
 
 
 @pytest.mark.parametrize("way", ["checkpoint_path", "load_checkpoint", "load_state_dict", "local-dir"])
@@ -515,19 +549,18 @@ def test_stock_weights_by_other_ways(way: str, stock, mixed, stock_file, tmp_pat
             keys = model.load_state_dict(stock.state_dict())
             assert not keys.missing_keys and not keys.unexpected_keys
         assert model.conv1.weight is weight  # an optimizer stays valid
-    assert model.conv1.kinds == mixed.conv1.kinds == model.report.kinds
+    assert model.conv1.poolings == mixed.conv1.poolings == model.report.poolings
     assert torch.equal(outputs(model, x), outputs(mixed, x))
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_plan(stock):
-    model = trained()
-    kinds, imag = model.conv1.kinds, trained(imag="free").state_dict()
-    with pytest.raises(RuntimeError, match="size mismatch for fc"):
-        model.load_state_dict({**stock.state_dict(), "fc.weight": torch.zeros(3, 512)})
-    assert model.conv1.kinds == kinds and model.conv1.imag == "tied"
-    with pytest.raises(RuntimeError, match="size mismatch for fc"):
-        model.load_state_dict({**imag, "fc.weight": torch.zeros(3, 512)})
-    assert model.conv1.kinds == kinds and model.conv1.imag == "tied"
+    model, other = trained(), trained(pooling="energy", rest="blurpool")
+    poolings = model.conv1.poolings
+    for state in (stock.state_dict(), other.state_dict()):
+        with pytest.raises(RuntimeError, match="size mismatch for fc"):
+            model.load_state_dict({**state, "fc.weight": torch.zeros(3, 512)})
+        if state.keys() == stock.state_dict().keys():
+            assert model.conv1.poolings == poolings, "a stock state is tried first"
 
 
 def test_a_reverted_model_is_a_stock_model(stock, x):
@@ -551,10 +584,9 @@ def nothing_is_selected(monkeypatch):
     monkeypatch.setattr(mixpool.timm_models.model, "convert", convert_by_name)
 
 
-@pytest.mark.parametrize("imag", ["tied", "free"])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_a_converted_file_brings_its_plan(imag: str, suffix: str, tmp_path, x, nothing_is_selected):
-    source = trained(imag=imag, blur=1, max_blur=3)
+def test_a_converted_file_brings_its_plan(suffix: str, tmp_path, x, nothing_is_selected):
+    source = trained(pooling="cmod", rest="blurpool")
     file = tmp_path / f"model.{suffix}"
     if suffix == "pth":
         torch.save({"state_dict": source.state_dict(), "epoch": 3}, file)
@@ -563,15 +595,14 @@ def test_a_converted_file_brings_its_plan(imag: str, suffix: str, tmp_path, x, n
 
         safetensors.torch.save_file(source.state_dict(), file)
     model = timm.create_model("mixpool_resnet18", True, pretrained_cfg_overlay=overlay(str(file)))
-    assert model.conv1.kinds == source.conv1.kinds and model.conv1.imag == imag and model.report is None
-    assert (model.conv1.blur, model.conv1.max_blur) == (1, 3)
+    assert model.conv1.poolings == source.conv1.poolings and model.report is None
+    assert set(model.conv1.poolings) == {"cmod", "blurpool"}
     assert torch.equal(outputs(model, x), outputs(source, x))
 
 
 @pytest.mark.parametrize("way", ["checkpoint_path", "load_checkpoint", "load_state_dict"])
-@pytest.mark.parametrize("imag", ["tied", "free"])
-def test_a_converted_file_by_other_ways(way: str, imag: str, tmp_path, x):
-    source = trained(imag=imag)
+def test_a_converted_file_by_other_ways(way: str, tmp_path, x):
+    source = trained(pooling="energy")
     torch.save(source.state_dict(), tmp_path / "model.pth")
     if way == "checkpoint_path":
         model = timm.create_model("mixpool_resnet18", num_classes=10, checkpoint_path=tmp_path / "model.pth")
@@ -581,29 +612,18 @@ def test_a_converted_file_by_other_ways(way: str, imag: str, tmp_path, x):
             timm.models.load_checkpoint(model, tmp_path / "model.pth")
         else:
             model.load_state_dict(source.state_dict())
-    assert model.conv1.kinds == source.conv1.kinds and model.conv1.imag == imag
+    assert model.conv1.poolings == source.conv1.poolings
     assert torch.equal(outputs(model, x), outputs(source, x))
 
 
-def test_imag_by_name_is_kept():
-    """A checkpoint with an imaginary part of its own is refused by a model that was told to tie it."""
-    free = trained(imag="free").state_dict()
-    with pytest.raises(RuntimeError, match='imag="free"'):
-        timm.create_model("mixpool_resnet18", num_classes=10, imag="tied").load_state_dict(free)
-    model = timm.create_model("mixpool_resnet18", num_classes=10, imag="free")
-    model.load_state_dict(trained().state_dict())
-    assert model.conv1.imag == "free"
-
-
-@pytest.mark.parametrize("imag", ["tied", "free"])
 @pytest.mark.parametrize("in_chans", [1, 4])
-def test_a_converted_file_on_other_channels_and_classes(imag: str, in_chans: int, tmp_path, nothing_is_selected):
+def test_a_converted_file_on_other_channels_and_classes(in_chans: int, tmp_path, nothing_is_selected):
     """One channel sees the sum of the colours' filters: gray images give what they gave as colours."""
-    source = trained(imag=imag)
+    source = trained()
     torch.save(source.state_dict(), tmp_path / "model.pth")
     options = {"pretrained_cfg_overlay": overlay(str(tmp_path / "model.pth")), "in_chans": in_chans}
     model = timm.create_model("mixpool_resnet18", True, num_classes=4, **options)
-    assert model.conv1.kinds == source.conv1.kinds and model.fc.out_features == 4
+    assert model.conv1.poolings == source.conv1.poolings and model.fc.out_features == 4
     x = torch.randn(2, in_chans, 64, 64)
     features = model.eval().forward_features(x)
     assert features.isfinite().all()
@@ -612,7 +632,7 @@ def test_a_converted_file_on_other_channels_and_classes(imag: str, in_chans: int
 
 
 def test_features_of_a_converted_file(tmp_path, x, nothing_is_selected):
-    source = trained(imag="free")
+    source = trained(pooling="energy")
     torch.save(source.state_dict(), tmp_path / "model.pth")
     options = {"features_only": True, "pretrained_cfg_overlay": overlay(str(tmp_path / "model.pth"))}
     maps = outputs(timm.create_model("mixpool_resnet18", True, **options), x)
@@ -625,7 +645,14 @@ def test_features_of_a_converted_file(tmp_path, x, nothing_is_selected):
     [("mixpool_resnet18", False), ("mixpool_alexnet", True), ("mixpool_densenet121", "both")],
 )
 def test_save_for_hf(name: str, safe, tmp_path):
-    options = {"num_classes": 5, "in_chans": 1, "max_blur": 3, "aa_layer": "blur", "drop_rate": 0.1}
+    options = {
+        "num_classes": 5,
+        "in_chans": 1,
+        "rest": "max",
+        "pooling": "energy",
+        "aa_layer": "blur",
+        "drop_rate": 0.1,
+    }
     source = timm.create_model(name, **options)
     timm.models.save_for_hf(source, str(tmp_path), safe_serialization=safe)
     files = {path.name for path in tmp_path.iterdir()}
@@ -648,9 +675,10 @@ def test_save_for_hf(name: str, safe, tmp_path):
         ({"aa_layer": nn.AvgPool2d}, {"aa_layer": "avg"}),
         ({"select": torch.arange(64) < 10}, {"select": [True] * 10 + [False] * 54}),
         ({"select": (torch.arange(64) < 10).numpy()}, {"select": [True] * 10 + [False] * 54}),
-        ({"select": every_third}, {"select": [i % 3 == 0 for i in range(64)]}),
+        ({"select": every_third}, {"select": ["modulus" if i % 3 == 0 else "max" for i in range(64)]}),
+        ({"select": ("energy", "blurpool") * 32}, {"select": ["energy", "blurpool"] * 32}),
     ],
-    ids=["blur", "blurpc", "avg", "tensor", "array", "function"],
+    ids=["blur", "blurpc", "avg", "tensor", "array", "function", "names"],
 )
 def test_save_for_hf_of_what_json_does_not_know(options: dict, written: dict, tmp_path, x):
     source = timm.create_model("mixpool_resnet18", num_classes=3, init="none", **options)
@@ -658,7 +686,7 @@ def test_save_for_hf_of_what_json_does_not_know(options: dict, written: dict, tm
     arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
     assert {name: arguments[name] for name in written} == written and arguments["init"] == "none"
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    assert model.conv1.kinds == source.conv1.kinds
+    assert model.conv1.poolings == source.conv1.poolings
     x = x[..., :64, :]  # with "avg" timm's ResNet takes no others
     assert torch.equal(outputs(model, x), outputs(source, x))
     assert torch.equal(outputs(copy.deepcopy(model), x), outputs(source, x))
@@ -672,7 +700,9 @@ def test_a_layer_of_ones_own_has_no_name(tmp_path):
         timm.models.save_for_hf(model, str(tmp_path))
 
 
-@pytest.mark.parametrize("options", [{"imag": "free"}, {"select": "all", "blur": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"pooling": "energy", "rest": "blurpool"}, {"select": "all", "pooling": "cmod"}], ids=str
+)
 def test_hub_round_trip(options: dict, tmp_path, monkeypatch, x):
     """push_to_hf_hub to a folder in place of the network, then hf-hub: and local-dir: from there."""
     source = trained(**options)
@@ -703,8 +733,7 @@ def test_hub_round_trip(options: dict, tmp_path, monkeypatch, x):
     assert pushed == ["someone/mixed"]
     for name in ("hf-hub:someone/mixed", f"local-dir:{hub / 'someone/mixed'}"):
         model = timm.create_model(name, pretrained=True)
-        assert model.num_classes == 10 and model.conv1.kinds == source.conv1.kinds
-        assert model.conv1.imag == source.conv1.imag and model.conv1.blur == source.conv1.blur
+        assert model.num_classes == 10 and model.conv1.poolings == source.conv1.poolings
         assert torch.equal(outputs(model, x), outputs(source, x))
 
 
@@ -715,7 +744,7 @@ def test_hub_round_trip(options: dict, tmp_path, monkeypatch, x):
 def test_all_antialiased_is_timms_model(aa_layer, stock, x):
     """All channels on BlurPool, as timm has it: the same logits, so the later layers are antialiased alike."""
     model = timm.create_model("mixpool_resnet18", num_classes=10, aa_layer=aa_layer, select="none")
-    assert model.conv1.max_blur == 3
+    assert set(model.conv1.poolings) == {"blurpool"}
     model.load_state_dict(stock.state_dict())
     zeros = aa_layer == "blurpc"
     layer = mixpool.timm_models.model.ZeroPaddedBlurPool2d if zeros else BlurPool2d
@@ -727,23 +756,23 @@ def test_all_antialiased_is_timms_model(aa_layer, stock, x):
     assert not torch.allclose(outputs(model, x), outputs(stock, x))
 
 
-def test_aa_layer_leaves_the_stem_to_max_blur(stock, x):
-    model = timm.create_model("mixpool_resnet18", num_classes=10, aa_layer="blur", max_blur=1, select="none")
-    assert model.conv1.max_blur == 1 and isinstance(model.layer2[0].aa, BlurPool2d)
+def test_aa_layer_leaves_the_stem_to_rest(stock, x):
+    model = timm.create_model("mixpool_resnet18", num_classes=10, aa_layer="blur", rest="max", select="none")
+    assert set(model.conv1.poolings) == {"max"} and isinstance(model.layer2[0].aa, BlurPool2d)
     model.load_state_dict(stock.state_dict())
     expected = timm.create_model("resnet18", num_classes=10, aa_layer=BlurPool2d)
     expected.maxpool = nn.MaxPool2d(3, 2, 1)
     expected.load_state_dict(stock.state_dict())
     assert torch.equal(outputs(model, x), outputs(expected, x))
     averaged = timm.create_model("mixpool_resnet18", num_classes=10, aa_layer="avg")
-    assert averaged.conv1.num_modulus == 48 and isinstance(averaged.layer2[0].aa, nn.AvgPool2d)
+    assert averaged.conv1.num_complex == 48 and isinstance(averaged.layer2[0].aa, nn.AvgPool2d)
 
 
 def test_aa_layer_of_the_other_models(x):
     dense = timm.create_model("mixpool_densenet121", aa_layer="blurpc", num_classes=2)
     pools = [dense.get_submodule(f"features.transition{i}.pool") for i in (1, 2, 3)]
     assert all(isinstance(pool, BlurPool2d) and pool.pad_mode == "constant" for pool in pools)
-    assert stem_of(dense).max_blur == 3 and outputs(dense, x).shape == (2, 2)
+    assert set(stem_of(dense).poolings) == {"modulus", "blurpool"} and outputs(dense, x).shape == (2, 2)
     plain, blurred = (timm.create_model("mixpool_alexnet", aa_layer=aa) for aa in (None, "blur"))
     assert [m.channels for m in blurred.modules() if isinstance(m, BlurPool2d)] == [192, 256]
     assert list(blurred.state_dict()) == list(plain.state_dict())
