@@ -66,8 +66,8 @@ def report_as_dict(report: ConversionReport, options: argparse.Namespace, photos
         "fidelity": [None] * len(plan.poolings) if plan.fidelity is None else _or_none(plan.fidelity),
     }
     channels = [
-        {"channel": i, "kind": kind, "reason": reason, **{name: column[i] for name, column in columns.items()}}
-        for i, (kind, reason) in enumerate(zip(plan.poolings, plan.reasons, strict=True))
+        {"channel": i, "pooling": pooling, "reason": reason, **{name: column[i] for name, column in columns.items()}}
+        for i, (pooling, reason) in enumerate(zip(plan.poolings, plan.reasons, strict=True))
     ]
     return {
         "mixpool_version": mixpool.__version__,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mixpool.conversion.convert import convert
 from mixpool.conversion.stock import converted_stems
-from mixpool.timm_models.model import OLD_KEYWORDS
+from mixpool.ops.renamed import SPELLED_NOW
 
 TORCHVISION = "torchvision/"
 HUBS = ("hf_hub:", "hf-hub:", "local-dir:")
@@ -68,8 +68,8 @@ class Checkpoint:
         settings = self.settings or {}
         found = {argument: settings.get(option) for option, argument in BUILT_WITH.items()}
         arguments = {argument: value for argument, value in found.items() if value is not None}
-        # Poolings of version 0.1: the state's plan says them.
-        own = {key: value for key, value in (settings.get("model_kwargs") or {}).items() if key not in OLD_KEYWORDS}
+        # What version 0.1 called the poolings is left out: the state's plan says them.
+        own = {key: value for key, value in (settings.get("model_kwargs") or {}).items() if key not in SPELLED_NOW}
         return self.arch if self.arch.startswith("mixpool_") else name, arguments | own
 
 

@@ -36,7 +36,10 @@ def test_a_cpu_without_half_precision_is_told(photos, tmp_path, monkeypatch, slo
         ({"distill": "stock"}, "expected trained weights for `distill: stock`"),
         ({"convert": ("select=all",)}, "is a converted model already"),
         ({"model_kwargs": ("converted=false",), "convert": ("colour=red",)}, "`convert` takes the arguments"),
-        ({"model_kwargs": ("converted=false",), "convert_images": 30, "convert": ("blur=3",)}, "expected 30 training"),
+        (
+            {"model_kwargs": ("converted=false",), "convert_images": 30, "convert": ("rest=blurpool",)},
+            "expected 30 training",
+        ),
         ({"device_modules": "no_such_module"}, "cannot import 'no_such_module'"),
         ({"opt": "newton"}, "cannot build the optimizer 'newton'"),
         ({"sched": "sudden"}, "invalid choice: 'sudden'"),
