@@ -163,26 +163,6 @@ def load_model(
     return model.eval()
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = True) -> Checkpoint:
-    """Load a stock checkpoint into a model, every key of it, and return what the file held.
-
-    Args:
-        path: a .safetensors file, or a file of torch.save (only tensors and plain values are unpickled), which may
-            hold the state in an entry, of which the moving average comes first (`state_dict_ema`, `model_ema`,
-            `state_dict`, `model`), and its keys under `module.` or `_orig_mod.`.
-        use_ema: take the moving average of the weights, if the file has one; as timm does.
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file cannot be read, or its keys or shapes are not the model's.
-    """
-    checkpoint = read_checkpoint(path, use_ema=use_ema)
-    plans = [key for key in checkpoint.state if key.rpartition(".")[2] == "plan"]
-    if plans:
-        raise ValueError(f"{path} holds a converted model ({plans[0]}); give the stock checkpoint it was made from")
-    _load_stock(model, checkpoint)
-    return checkpoint
-
-
 def _load_stock(model: nn.Module, checkpoint: Checkpoint) -> None:
     state, expected = checkpoint.state, model.state_dict()
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
@@ -205,8 +185,13 @@ def _load_stock(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> Checkpoint:
-    """What a file of weights holds; see `load_checkpoint`.
+    """What a file of weights holds.
 
+    Args:
+        path: a .safetensors file, or a file of torch.save (only tensors and plain values are unpickled), which may
+            hold the state in an entry, of which the moving average comes first (`state_dict_ema`, `model_ema`,
+            `state_dict`, `model`), and its keys under `module.` or `_orig_mod.`.
+        use_ema: take the moving average of the weights, if the file has one; as timm does.
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file cannot be read, or holds no state dict.
