@@ -1,26 +1,95 @@
-"""The plan of the house as tests (see house.py); each rule with proofs that its test can fail, on trees made here."""
+"""The plan of the house as tests: who may import whom, and which test file belongs to which module.
+
+Each rule has proofs that its test can fail, on trees made here. The graph is that of benchmarks/kit/import_graph.py,
+whose legend holds: a file is named by its path inside the package, its place is the first part of that path.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from house import (
-    EXCEPTIONS,
-    FOLDERS,
-    MAX_LINES,
+
+from benchmarks.kit import import_graph
+from benchmarks.kit.import_graph import (
     PACKAGE,
-    circles,
+    ROOT,
+    UNITS,
+    Sources,
+    imported_names,
     imports_of,
-    long_modules,
-    missing_tests,
-    picture,
+    place,
+    report,
     sources_of,
-    wrong_imports,
 )
+
+FOLDERS = (
+    "filters",
+    "ops",
+    "stem",
+    "selection",
+    "conversion",
+    "timm_models",
+    "evaluation",
+    "training",
+    "cli",
+)
+# From left to right; a file imports its own folder and what stands left of it.
+ORDER = (
+    ("records.py", "figures.py"),
+    *((folder,) for folder in FOLDERS[:5]),
+    ("__init__.py",),
+    *((folder,) for folder in FOLDERS[5:]),
+    ("__main__.py",),
+)
+EXCEPTIONS = {("records.py", "__init__.py"): "mixpool.__version__, which every record carries"}
+MAX_LINES = 400
 
 SOURCES = sources_of()
 TYPES_ONLY = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
+
+
+# --- the rules, each a list of sentences about what breaks it ---------------------------------------------------------
+
+
+def wrong_imports(sources: Sources) -> list[str]:
+    """Imports that do not go left."""
+    level = {name: i for i, names in enumerate(ORDER) for name in names}
+    sentences = [f"{file}: {place(file)} has no place in ORDER" for file in sources if place(file) not in level]
+    relative = {file for file, text in sources.items() if any(name.startswith(".") for name in imported_names(text))}
+    sentences += [f"{file} has a relative import; name the folder" for file in sorted(relative)]
+    for file, others in imports_of(sources).items():
+        for other in sorted(others if file not in relative else ()):
+            is_left = level.get(place(other), len(ORDER)) < level.get(place(file), -1)
+            is_own = place(other) == place(file)
+            if not is_left and not is_own and (file, other) not in EXCEPTIONS:
+                sentences.append(f"{file} imports {other}, which is not left of it")
+    return sentences
+
+
+def circles(sources: Sources) -> list[str]:
+    """Circles between the files of a folder."""
+    return [" -> ".join(circle) for circle in import_graph.circles(imports_of(sources))]
+
+
+def namesake(file: str) -> str | None:
+    """The test file that belongs to a file of the package, in tests/; None for an __init__.py, which needs none."""
+    file = next((unit + ".py" for unit in UNITS if file.startswith(unit + "/")), file)
+    *folders, leaf = file.split("/")
+    name = leaf.removesuffix(".py").strip("_")
+    return None if leaf == "__init__.py" else "/".join([*folders, f"test_{name}.py"])
+
+
+def missing_tests(files: Iterable[str], tests: Iterable[str]) -> list[str]:
+    """Test files that are not there."""
+    wanted = {namesake(file): file for file in files}
+    return [f"{file} has no tests/{test}" for test, file in wanted.items() if test is not None and test not in tests]
+
+
+def long_modules(sources: Sources) -> list[str]:
+    lines = {file: len(source.splitlines()) for file, source in sources.items()}
+    return [f"{file} has {n} lines, at most {MAX_LINES}" for file, n in lines.items() if n > MAX_LINES]
 
 
 def as_lines(sentences: list[str]) -> str:
@@ -31,7 +100,7 @@ def test_the_folders_are_the_ones_in_the_line():
     assert {file.split("/")[0] for file in SOURCES if "/" in file} == set(FOLDERS)
     assert len(SOURCES) > 60
     for folder in FOLDERS:
-        assert (PACKAGE / folder / "__init__.py").is_file()
+        assert (ROOT / PACKAGE / folder / "__init__.py").is_file()
 
 
 # --- imports ----------------------------------------------------------------------------------------------------------
@@ -119,10 +188,12 @@ def test_the_fused_folder_counts_as_one_file_and_has_no_circle_inside():
 
 
 def test_the_picture_counts_levels_and_circles():
-    assert "circles" in picture(SOURCES)
-    assert picture(BASE).splitlines()[-1].startswith("8 rooms on 5 levels, 5 arrows between them, 6 between files, 0 ")
+    assert "levels: 8 of folders" in report(SOURCES) and report(SOURCES).endswith("circles: 0")
+    lines = report(BASE).splitlines()
+    assert lines[-1] == "circles: 0" and "levels: 3 of folders, 5 with the files beside them" in lines
+    assert "arrows: 2 between folders, 6 with the files beside them, 7 between all files" in lines
     upward = {**BASE, "filters/gabor.py": "from mixpool.ops.norm import f\n"}
-    assert picture(upward).splitlines()[-1] == "  circle: filters -> ops -> filters"
+    assert report(upward).splitlines()[-2:] == ["circles: 1", "    filters -> ops -> filters"]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.cifar10.variants import CONFIG, MODULES, TABLES, Row, rows
+from benchmarks.kit.earlier import in_present_words
 from benchmarks.kit.queue import run_each
 from benchmarks.kit.sample import shared_folder
 from benchmarks.kit.store import RECORDS
@@ -39,7 +40,12 @@ SHIFTS = range(1, 5)  # pixels
 
 def has_record(row: Row) -> bool:
     found = records.read(RECORD) if RECORD.exists() else ()
-    return any(r["definition"] == row.definition() and r["recipe"] == row.recipe for r in found)
+    return any(_present(r["definition"]) == row.definition() and r["recipe"] == row.recipe for r in found)
+
+
+def _present(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """A definition, maybe of version 0.1, in the words of today."""
+    return {**definition, "model_kwargs": in_present_words(definition.get("model_kwargs") or {})}
 
 
 def register_networks() -> None:
@@ -56,7 +62,7 @@ def run(row: Row, output: Path) -> dict[str, Any]:
     finished = output / row.name / TRAINING_RECORD
     if finished.exists():  # maybe by an earlier version of the code, which the record names
         (trained,) = records.read(finished)
-        told = {key: trained["settings"].get(key) for key in row.definition()}
+        told = _present({key: trained["settings"].get(key) for key in row.definition()})
         if told != row.definition():
             raise ValueError(f"expected a run of {row.definition()} in {finished.parent}, found one of {told}")
     else:

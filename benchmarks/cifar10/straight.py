@@ -38,6 +38,7 @@ from mixpool.evaluation.model_input import ModelInput
 from mixpool.evaluation.protocols import MAX_SHIFT, Flips, frames_of_directions
 from mixpool.evaluation.runner import Runner, at_work
 from mixpool.evaluation.shifts import DIRECTIONS
+from mixpool.ops.reference import POOLINGS
 from mixpool.training.saving import RECORD as TRAINING_RECORD
 
 RECORD = RECORDS / "cifar10_straight.jsonl"
@@ -71,8 +72,9 @@ def flips(network: nn.Module, wanted: ModelInput, images: Images) -> dict[str, T
     protocol = Flips(wanted.size)
     replaced: dict[str, Tensor | None] = {"straight": None}
     for mixed in converted_stems(network).values():
-        if 0 < mixed.num_modulus < mixed.out_channels:
-            replaced |= {"max_straight": mixed.max_index, "modulus_straight": mixed.modulus_index}
+        if 0 < mixed.num_complex < mixed.out_channels:
+            is_complex = torch.tensor([POOLINGS[name].is_complex for name in mixed.poolings])
+            replaced |= {"max_straight": (~is_complex).nonzero()[:, 0], "modulus_straight": is_complex.nonzero()[:, 0]}
     found: dict[str, list[Tensor]] = {name: [] for name in ("real", *replaced)}
 
     def logits(maps: Sequence[Tensor]) -> Iterator[Tensor]:

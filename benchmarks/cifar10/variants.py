@@ -10,7 +10,6 @@ from benchmarks.kit.store import ROOT
 MODULES = [
     "mixpool.timm_models",
     "benchmarks.cifar10.dense_stem",
-    "benchmarks.cifar10.gated_stem",
     "benchmarks.cifar10.small_alexnet",
 ]
 CONFIG = ROOT / "configs" / "cifar10_resnet18_30epochs.yaml"
@@ -67,40 +66,37 @@ def _last(count: int) -> list[bool]:
 
 
 # mixpool's default in a ResNet, spelt out, so that a record says what it measured whatever the default is later.
-DEFAULT: dict[str, Any] = {"num_bank": 48, "max_blur": 3}
+DEFAULT: dict[str, Any] = {"num_bank": 48, "rest": "blurpool"}
 # What a network with mixpool's stem is told; None: the stock network.
 STEMS: dict[str, dict[str, Any] | None] = {
     "stock": None,
-    "blurpool": {"select": "none", "init": "none", "max_blur": 3},
-    "cmod": {"num_bank": 24, "blur": 1, "max_blur": 1},  # paper 2's
+    "blurpool": {"select": "none", "init": "none", "rest": "blurpool"},
+    "cmod": {"num_bank": 24, "pooling": "cmod", "rest": "max"},  # paper 2's
     "mixpool": DEFAULT,
     # one thing changed: how many channels
     **{f"wavelet_{count}": DEFAULT | {"num_bank": count} for count in (8, 16, 24, 32, 64)},
     # ... the filters that training starts from
     "gabor": DEFAULT | {"init": "gabor"},
-    "random": {"init": "none", "select": _last(48), "max_blur": 3},
-    # ... the partner
-    "free": DEFAULT | {"imag": "free"},
-    # ... blur
-    "blur_1": DEFAULT | {"blur": 1},
-    "no_max_blur": DEFAULT | {"max_blur": 1},
-    # ... the pooling: the wavelets on BlurPool's
+    "random": {"init": "none", "select": _last(48), "rest": "blurpool"},
+    # ... a pooling: |z| at the window's centre; the others on plain max pooling; the wavelets on BlurPool's
+    "blur_1": DEFAULT | {"pooling": "cmod"},
+    "no_max_blur": DEFAULT | {"rest": "max"},
     "wavelet_blurpool": DEFAULT | {"select": "none"},
     # more than one
-    "wavelet_24_no_max_blur": {"num_bank": 24, "max_blur": 1},  # the default until this table
-    "gabor_free": DEFAULT | {"init": "gabor", "imag": "free"},
-    "random_free": {"init": "none", "select": _last(48), "max_blur": 3, "imag": "free"},
+    "wavelet_24_no_max_blur": {"num_bank": 24, "rest": "max"},  # the default until this table
 }
 # AlexNet's default has half of the channels on the modulus.
 ALEXNET_STEMS: dict[str, dict[str, Any] | None] = STEMS | {
-    "cmod": {"num_bank": 32, "blur": 1, "max_blur": 1},
-    "mixpool": {"num_bank": 32, "max_blur": 3},
-    "wavelet_32_no_max_blur": {"num_bank": 32, "max_blur": 1},
-    "wavelet_48": {"num_bank": 48, "max_blur": 3},
+    "cmod": {"num_bank": 32, "pooling": "cmod", "rest": "max"},
+    "mixpool": {"num_bank": 32, "rest": "blurpool"},
+    "wavelet_32_no_max_blur": {"num_bank": 32, "rest": "max"},
+    "wavelet_48": {"num_bank": 48, "rest": "blurpool"},
 }
+# What version 0.1 alone could train: imaginary filters that are free of the real ones, and a learned gate between both
+# poolings. Their rows are those of the records.
+GONE = ("free", "gabor_free", "random_free", "gated")
 # Networks of another name, with arguments of their own.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gated": ("gated_resnet18", {}),
     "wide_blur": ("wide_blur_resnet18", {}),
     "dense": ("dense_resnet18", {}),
     "dense_aa": ("dense_resnet18", {"aa_layer": "blur"}),
@@ -109,7 +105,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _antialiased(stems: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
     """With BlurPool in the strided layers behind the stem; the stem stays."""
-    stock = {"max_blur": 1, "select": "none", "init": "none"}
+    stock = {"rest": "max", "select": "none", "init": "none"}
     return {f"{name}_aa": (stock if stem is None else stem) | {"aa_layer": "blur"} for name, stem in stems.items()}
 
 
@@ -160,4 +156,4 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
 def rows(table: str, seeds: list[int]) -> list[Row]:
     """The runs of a table, all networks with the first seed before any with the next."""
     recipe, variants = TABLES[table]
-    return [Row(variant, recipe, seed) for seed in seeds for variant in variants]
+    return [Row(variant, recipe, seed) for seed in seeds for variant in variants if variant not in GONE]

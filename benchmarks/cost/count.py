@@ -6,8 +6,9 @@ layers, activations, additions and means. What a forward pass computes whatever 
 from the real ones) stands apart from what it computes for every image.
 
 Activations are the bytes that autograd saves in a forward pass in training, each storage once: of PyTorch's eager mode
-on a CPU in float32. The images, the parameters and the buffers are left out, since they are there in any case. A
-compiled network and the fused path on a GPU save other things (`benchmarks.gpu` measures these).
+on a CPU in float32. The images, the parameters, the buffers and mixpool's maps from real to imaginary filters are
+left out, since they are there in any case. A compiled network and the fused path on a GPU save other things
+(`benchmarks.gpu` measures these).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cost.models import SUBJECTS, build, random_images, variants_of
 from benchmarks.kit.store import Store
 from mixpool import records
+from mixpool.conversion.stock import converted_stems
 
 BATCH, SIZE = 8, 224
 
@@ -41,7 +43,9 @@ def flops(model: nn.Module, size: int = SIZE) -> tuple[int, int]:
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes of the storages that autograd saves in model(x) in training, without x and the model's state."""
     model.train()
-    present = {tensor.untyped_storage().data_ptr() for tensor in (x, *model.parameters(), *model.buffers())}
+    maps = [stem.structure().partner_map for stem in converted_stems(model).values()]  # from W to V, no buffers
+    kept = (x, *model.parameters(), *model.buffers(), *(tensor for tensor in maps if tensor is not None))
+    present = {tensor.untyped_storage().data_ptr() for tensor in kept}
     found: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given out twice
 
     def keep(tensor: Tensor) -> Tensor:

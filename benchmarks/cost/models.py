@@ -6,6 +6,7 @@
     CMod                paper 2's stem: 24 of a ResNet's 64 channels on the modulus, 32 of AlexNet's, nothing blurred
     mixpool             the default: 48 of a ResNet's channels on the blurred modulus, 32 of AlexNet's, the others as in
                         the BlurPool stem
+    energy              the same with the root of the blurred energy in place of the blurred modulus
     mixpool aa_layer    the same, and every later strided layer antialiased by BlurPool
 
 All weights are random: costs do not hang on them. mixpool's stems run on its reference path, the one there is on a CPU.
@@ -26,11 +27,12 @@ STEMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SUBJECTS = (*STEMS, *NETWORKS)
 
-BLUR_STEM, TIMM_AA, CMOD = "BlurPool stem", "timm aa_layer", "CMod"
+BLUR_STEM, TIMM_AA, CMOD, ENERGY = "BlurPool stem", "timm aa_layer", "CMod", "energy"
 OPTIONS: dict[str, dict[str, Any]] = {
-    BLUR_STEM: {"select": "none", "init": "none", "max_blur": 3},
-    CMOD: {"blur": 1, "max_blur": 1},
+    BLUR_STEM: {"select": "none", "init": "none", "rest": "blurpool"},
+    CMOD: {"pooling": "cmod", "rest": "max"},
     "mixpool": {},
+    ENERGY: {"pooling": "energy"},
     "mixpool aa_layer": {"aa_layer": "blur"},
 }
 VARIANTS = ("stock", BLUR_STEM, TIMM_AA, *(name for name in OPTIONS if name != BLUR_STEM))

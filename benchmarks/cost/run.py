@@ -9,7 +9,7 @@ time        stems (NCHW and channels_last) and whole networks (NCHW), forward an
             batch 8, 224 x 224, float32; ratios to stock within each round
 
 Records are written case by case, and a call goes on where the last one stopped, as long as `mixpool` is the same. Of
-compiled networks four variants are timed. What does not fit into `--minutes` is recorded as not run, compiled ResNet-34
+compiled networks five variants are timed. What does not fit into `--minutes` is recorded as not run, compiled ResNet-34
 and ResNet-50 first, and left to another call. What times on a GPU are, `benchmarks.gpu` measures.
 """
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kit import timing
-from benchmarks.kit.stems import RESNET, StemShape, backend_option, images, stem_parts, stock_stem
+from benchmarks.kit.stems import RESNET, StemShape, chosen_stem, images, stem_parts, stock_stem
 from benchmarks.kit.store import Store
-from mixpool import MixPoolStem, records
+from mixpool import records
 
 MIXPOOL: dict[str, dict[str, Any]] = {
     "mixpool all-max": {"select": "none"},
     "mixpool auto": {"select": "auto"},
     "mixpool all-modulus": {"select": "all"},
-    "mixpool auto, blur=1": {"select": "auto", "blur": 1},
-    "mixpool auto, max_blur=3": {"select": "auto", "max_blur": 3},
+    "mixpool auto, cmod": {"select": "auto", "pooling": "cmod"},
+    "mixpool auto, rest blurpool": {"select": "auto", "rest": "blurpool"},
 }
 PROVIDERS = ("stock", *MIXPOOL, "timm BlurPool")
 BATCH = 16
@@ -37,8 +37,7 @@ def stem_of(provider: str, shape: StemShape, layout: str) -> nn.Module:
 
         conv, norm, act, _ = stem_parts(shape, layout=layout)
         return nn.Sequential(conv, norm, act, nn.MaxPool2d(3, 1, 1), BlurPool2d(shape.out_channels))
-    options = MIXPOOL[provider] | backend_option(MixPoolStem, "reference")
-    return MixPoolStem(*stem_parts(shape, layout=layout), **options)
+    return chosen_stem(stem_parts(shape, layout=layout), backend="reference", **MIXPOOL[provider])
 
 
 def call_of(stem: nn.Module, x: Tensor, mode: str):
@@ -66,7 +65,7 @@ def _format_of(x: Tensor) -> torch.memory_format:
 def _record(
     shape: StemShape, provider: str, mode: str, layout: str, batch: int, num_modulus: int = 0, **fields
 ) -> dict[str, Any]:
-    params = shape.params(batch) | {"num_modulus": num_modulus}
+    params = shape.params(batch) | {"num_modulus": num_modulus}  # the word of all records for complex channels
     what = {"case": shape.name, "provider": provider, "mode": mode, "dtype": "float32", "layout": layout}
     return records.stamp("speed", **what, params=params, **fields)
 
@@ -87,7 +86,7 @@ def compare(
             mode,
             layout,
             batch,
-            num_modulus=getattr(stem, "num_modulus", 0),
+            num_modulus=getattr(stem, "num_complex", 0),
             ms=timing.milliseconds(samples[name]),
             # Within each round both ran under the same load of the machine.
             ratio_to_stock=timing.ratio(samples[name], samples["stock"]),

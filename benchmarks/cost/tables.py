@@ -16,6 +16,7 @@ __all__ = [
     "cost_growth",
     "speed",
     "speed_training",
+    "lowpass",
 ]
 
 EMPTY = "Not run yet."
@@ -27,6 +28,7 @@ def cost_count() -> str:
     found = _read("cost_count")
     if not found:
         return EMPTY
+    others = [name for name in OTHERS if any(r["provider"] == name for r in found)]
     rows = []
     for subject in SUBJECTS:
         by_variant = {r["provider"]: r for r in found if r["case"] == subject}
@@ -42,10 +44,10 @@ def cost_count() -> str:
         for label, (value, form, ratio_form) in quantities.items():
             ratios = [
                 ratio_form.format(value(by_variant[name]) / value(stock)) if name in by_variant else "-"
-                for name in OTHERS
+                for name in others
             ]
             rows.append([subject, label, form.format(value(stock)), *ratios])
-    return _with_lines(table(["network", "per image", "stock", *OTHERS], rows), found)
+    return _with_lines(table(["network", "per image", "stock", *others], rows), found)
 
 
 def cost_short() -> str:
@@ -180,4 +182,19 @@ def _speed_of(mode: str) -> str:
         "channels_last ms",
         "channels_last, times stock",
     ]
+    return table(header, rows) + "\n\n" + machine_line(found[0])
+
+
+def lowpass() -> str:
+    """The window's mean by two average pools, beside the depthwise convolution; a row per layout and way."""
+    found = read("lowpass")
+    rows = []
+    for record in found:
+        cells = [record["layout"], record["provider"]]
+        for name in ("forward", "backward"):
+            ratio = record["ratio"][name]
+            cells.append(f"{record['ms'][name]['p50']:.2f}")
+            cells.append(f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})")
+        rows.append(cells)
+    header = ["layout", "way", "forward, ms", "times the convolution", "backward, ms", "times the convolution"]
     return table(header, rows) + "\n\n" + machine_line(found[0])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cost.models import BLUR_STEM, NETWORKS, STEMS, TIMM_AA, build, random_images, variants_of
+from benchmarks.cost.models import BLUR_STEM, ENERGY, NETWORKS, STEMS, TIMM_AA, build, random_images, variants_of
 from benchmarks.kit import timing
 from benchmarks.kit.stems import Unavailable
 from benchmarks.kit.store import NOT_RUN, Store
@@ -21,7 +21,8 @@ from mixpool import records
 
 MODES = ("forward", "training")
 BATCH, SIZE = 8, 224
-FEW = ("stock", BLUR_STEM, TIMM_AA, "mixpool")  # where every variant costs minutes of compilation or of large batches
+# Where every variant costs minutes of compilation or of large batches.
+FEW = ("stock", BLUR_STEM, TIMM_AA, "mixpool", ENERGY)
 BATCHES, SIZES = (1, 4, 16, 64), (128, 224, 320, 448)
 MIN_ROUNDS, MAX_ROUNDS = 3, 41
 # Seconds that a case's rounds may take, when the fewest do not take longer.

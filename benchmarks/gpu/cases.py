@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from benchmarks.kit.stems import ALEXNET, MAX, MIX, MODULUS1, MODULUS3, PLANS, RESNET, Plan, StemShape
+from benchmarks.kit.stems import ALEXNET, CMOD, MAX, MIX, MODULUS, PLANS, RESNET, Plan, StemShape
 from mixpool import records
 
 DEFAULT, TUNED, UNGRAPHED = "compiled", "max-autotune", "max-autotune no graphs"
@@ -40,12 +40,7 @@ class Case(NamedTuple):
         return [*names, "fused graph"] if self.mode == "forward" else names
 
     def record(self, provider: str, kind: str = "speed", *, dry: bool = False, **fields: Any) -> dict[str, Any]:
-        channels = self.shape.out_channels
-        params = self.shape.params(self.batch) | {
-            "num_modulus": self.plan.num_modulus(channels),
-            "blur": self.plan.blur,
-            "max_blur": 1,
-        }
+        params = self.shape.params(self.batch) | {"num_complex": self.plan.num_complex(self.shape.out_channels)}
         return records.stamp(
             kind,
             case=self.shape.name,
@@ -53,7 +48,7 @@ class Case(NamedTuple):
             mode=self.mode,
             dtype=self.dtype,
             layout=self.layout,
-            plan=self.plan.kind,
+            plan=self.plan.name,
             params=params,
             **({"dry": True} if dry else {}),
             **fields,
@@ -78,7 +73,7 @@ ALL_COMPILERS = (DEFAULT, TUNED, UNGRAPHED)
 TARGETS = (  # the issue's numbers
     Case(RESNET, MIX, 256, "forward", compilers=ALL_COMPILERS),
     Case(RESNET, MAX, 256, "forward", compilers=ALL_COMPILERS),
-    Case(RESNET, MODULUS1, 256, "forward", compilers=ALL_COMPILERS),
+    Case(RESNET, CMOD, 256, "forward", compilers=ALL_COMPILERS),
     Case(RESNET, MIX, 256, "full", compilers=ALL_COMPILERS),
 )
 
@@ -87,23 +82,23 @@ def cases_of(part: str, *, quick: bool = False, dry: bool = False) -> list[Case]
     """The cases of a part, the most important first.
 
     "stem": the issue's targets, then the other plans of the same setting; "table": what else decides where the fused
-    path is the default (single-kind plans, other dtypes and layouts, against max-autotune); "shapes": other stems and
+    path is worth it (plans of one pooling, other dtypes and layouts, against max-autotune); "shapes": other stems and
     batches, and float32 images under autocast, against torch.compile's default.
     """
     if part == "stem":
-        others = [(MODULUS3, "forward"), (MODULUS3, "full"), (MODULUS1, "full"), (MAX, "full")]
+        others = [(MODULUS, "forward"), (MODULUS, "full"), (CMOD, "full"), (MAX, "full")]
         found = [*TARGETS, *(Case(RESNET, plan, 256, mode, compilers=ALL_COMPILERS) for plan, mode in others)]
         found = found[: len(TARGETS)] if quick else found
         if dry:
-            small = found[3]._replace(plan=MODULUS1, dtype="tf32", compilers=(DEFAULT,))
-            found = [found[0]._replace(plan=MODULUS1, compilers=(DEFAULT, TUNED)), small]
+            small = found[3]._replace(plan=CMOD, dtype="tf32", compilers=(DEFAULT,))
+            found = [found[0]._replace(plan=CMOD, compilers=(DEFAULT, TUNED)), small]
     elif part == "table":
         settings = [("float16", "channels_last"), ("bfloat16", "NCHW"), ("tf32", "channels_last")]
         found = [
             Case(RESNET, plan, 256, mode, dtype, layout, (UNGRAPHED,))
             for dtype, layout in settings
             for mode in ("forward", "full")
-            for plan in (MODULUS3, MAX, MODULUS1, MIX)
+            for plan in (MODULUS, MAX, CMOD, MIX)
         ]
         found = found[:4] if quick else found
         if dry:
@@ -118,14 +113,14 @@ def cases_of(part: str, *, quick: bool = False, dry: bool = False) -> list[Case]
         ]
         found = found[:2] if quick else found
         if dry:
-            found = [found[1]._replace(plan=MODULUS1), found[-2]._replace(compilers=())]
+            found = [found[1]._replace(plan=CMOD), found[-2]._replace(compilers=())]
     else:
         raise ValueError(f"expected stem, table or shapes, got {part!r}")
     return [shrunk(case) for case in found] if dry else found
 
 
 def shrunk(case: Case) -> Case:
-    """So small that a CPU, and Triton's interpreter (0.2 s for MODULUS1, 1.4 s for MIX), take little time.
+    """So small that a CPU, and Triton's interpreter (0.2 s for CMOD, 1.4 s for MIX), take little time.
 
     In float16 instead of bfloat16, which the interpreter cannot multiply.
     """

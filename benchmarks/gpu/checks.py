@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.cases import Case, shrunk
 from benchmarks.gpu.providers import autocast_of, why
 from benchmarks.kit import timing
-from benchmarks.kit.stems import ALEXNET, MAX, MIX, MODULUS1, MODULUS3, RESNET, Unavailable, images, mixpool_stem
+from benchmarks.kit.stems import ALEXNET, CMOD, MAX, MIX, MODULUS, RESNET, Unavailable, images, mixpool_stem
 from benchmarks.kit.store import NOT_RUN, ROOT, Store
 from benchmarks.kit.timing import Budget, DeviceLost, release
 from mixpool import records
@@ -182,11 +182,11 @@ def run_sanitizer(seconds: float, *, dry: bool = False) -> dict[str, Any]:
 
 
 def small_case(device: str = "cuda") -> None:
-    """One fused forward and backward of a mix and of blur=1, odd sizes, batch statistics."""
+    """One fused forward and backward of a mix and of CMod, odd sizes, batch statistics."""
     shape = RESNET._replace(size=37, out_channels=16)
-    dtype, plans = "bfloat16", (MIX, MODULUS1)
+    dtype, plans = "bfloat16", (MIX, CMOD)
     if device == "cpu":  # in Triton's interpreter, slowly
-        shape, dtype, plans = RESNET._replace(size=19, out_channels=8), "tf32", (MODULUS1,)
+        shape, dtype, plans = RESNET._replace(size=19, out_channels=8), "tf32", (CMOD,)
     for plan in plans:
         stem = mixpool_stem(shape, plan, "fused", dtype=dtype, device=device, layout="channels_last").train()
         out = stem(images(shape, 2, dtype, device, "channels_last"))
@@ -217,11 +217,11 @@ def ceilings(device: str, *, dry: bool = False) -> dict[str, float]:
 def accuracy_cases(*, quick: bool = False, dry: bool = False) -> list[Case]:
     """One training step each: every kind of plan in every dtype, on a small batch."""
     dtypes = ("bfloat16", "float16", "tf32", "autocast")
-    plans = (MIX, MAX, MODULUS1, MODULUS3)
+    plans = (MIX, MAX, CMOD, MODULUS)
     found = [Case(RESNET, plan, 4, "full", dtype) for dtype in dtypes for plan in plans]
     found += [Case(RESNET, MIX, 4, "full", "bfloat16", "NCHW"), Case(ALEXNET, MIX, 4, "full")]
     if dry:
-        return [shrunk(Case(RESNET, MODULUS1, 4, "full", "tf32"))]
+        return [shrunk(Case(RESNET, CMOD, 4, "full", "tf32"))]
     return found[:8] if quick else found
 
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.cases import UNGRAPHED, Case, shrunk
 from benchmarks.gpu.providers import Bench
 from benchmarks.kit import timing
-from benchmarks.kit.stems import MIX, MODULUS1, RESNET, Unavailable
+from benchmarks.kit.stems import CMOD, MIX, RESNET, Unavailable
 from benchmarks.kit.store import NOT_RUN, Store
 from benchmarks.kit.timing import Budget, DeviceLost, release
 
@@ -23,7 +23,7 @@ def run_profile(store: Store, budget: Budget, device: str, *, quick=False, dry=F
     """Which kernels the target case spends its time in, microseconds per call."""
     for mode in ("forward", "full"):
         case = Case(RESNET, MIX, 256, mode, compilers=(UNGRAPHED,))
-        case = shrunk(case._replace(plan=MODULUS1)) if dry else case
+        case = shrunk(case._replace(plan=CMOD)) if dry else case
         release()
         bench = Bench(case, device, dry)
         for provider in PROFILE_PROVIDERS[:: 3 if dry else 1]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.gpu.cases import Case, how_compiled, shrunk
 from benchmarks.gpu.providers import Bench, autocast_of, compiled, full_call
 from benchmarks.kit import timing
-from benchmarks.kit.stems import MIX, MODULUS1, PLANS, RESNET, Unavailable
+from benchmarks.kit.stems import CMOD, MIX, PLANS, RESNET, Unavailable
 from benchmarks.kit.store import NOT_RUN, Store
 from benchmarks.kit.timing import Budget, DeviceLost, release
 
@@ -21,7 +21,7 @@ MEMORY_PROVIDERS = ("stock", "stock compiled", "reference", "reference compiled"
 
 def run_memory(store: Store, budget: Budget, device: str, *, quick=False, dry=False, again=False) -> None:
     """Bytes of one training step: held between forward and backward (output included), and at the peak."""
-    plans = (MODULUS1,) if dry else (MIX,) if quick else PLANS
+    plans = (CMOD,) if dry else (MIX,) if quick else PLANS
     for plan in plans:
         case = Case(RESNET, plan, 256, "full")
         case = shrunk(case) if dry else case

@@ -2,7 +2,7 @@
 
     stock               as timm builds it
     BlurPool            aa_layer=timm.layers.BlurPool2d: every strided layer antialiased, what timm users take today
-    mixpool reference   Gabor filters, every other channel on the modulus, blur=3
+    mixpool reference   Gabor filters, every other channel on the modulus
     mixpool fused       the same, backend="fused"
     scratch fused       mixpool_*'s default: 48 wavelets on the fused modulus, the others on the reference's BlurPool
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.cases import DEFAULT
 from benchmarks.gpu.providers import compiled
 from benchmarks.kit import timing
-from benchmarks.kit.stems import MIX, MODULUS1, Unavailable, convert_by
+from benchmarks.kit.stems import CMOD, MIX, Unavailable, convert_by
 from benchmarks.kit.store import NOT_RUN, Store
 from benchmarks.kit.timing import Budget, DeviceLost, release, rounded
 from mixpool import records
@@ -177,7 +177,7 @@ def model_of(name: str, provider: str, *, dry: bool = False) -> nn.Module:
     model = timm.create_model(name, **options)
     if provider == "stock":
         return model
-    return convert_by(MODULUS1 if dry else MIX, model, provider.removeprefix("mixpool "))
+    return convert_by(CMOD if dry else MIX, model, provider.removeprefix("mixpool "))
 
 
 def training_step(model: nn.Module, run: Callable, x: Tensor, labels: Tensor, device: str) -> Callable[[], object]:

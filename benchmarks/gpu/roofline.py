@@ -10,8 +10,7 @@ in the design (x input, z pooled output, i1 one byte per pooled maximum):
 
     products of a max channel     the convolution; backward twice more (again and the weights' gradient), without a
                                   norm once more (the argmax is kept, nothing is computed again)
-    products of a modulus channel two convolutions, at the windows' centres (blur=1) or everywhere (blur=3); backward
-                                  twice more
+    products of a complex one     two convolutions, at the windows' centres ("cmod") or everywhere; backward twice more
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ class Floor(NamedTuple):
 def floor_of(shape: StemShape, plan: Plan, batch: int, dtype: str, training: bool) -> Floor:
     """The floor of one forward pass, or of forward and backward for the weights (`training`)."""
     out_height, out_width = shape.pooled_size
-    num_max = shape.out_channels - plan.num_modulus(shape.out_channels)
-    num_modulus = shape.out_channels - num_max
+    poolings = plan.poolings(shape.out_channels)
+    num_max, num_cmod = (poolings.count(name) for name in ("max", "cmod"))
     x_bytes, z_bytes = BYTES[dtype]
     x = batch * shape.in_channels * shape.size**2 * x_bytes
     positions = batch * out_height * out_width
@@ -66,11 +65,12 @@ def floor_of(shape: StemShape, plan: Plan, batch: int, dtype: str, training: boo
     per_position = 2 * shape.in_channels * shape.kernel_size**2
     everywhere = batch * shape.conv_size[0] * shape.conv_size[1]
     of_max = per_position * everywhere * num_max
-    of_modulus = 2 * per_position * (positions if plan.blur == 1 else everywhere) * num_modulus
+    num_others = len(poolings) - num_max - num_cmod
+    of_complex = 2 * per_position * (positions * num_cmod + everywhere * num_others)
     if training:
         of_max *= 3 if shape.norm else 2
-        of_modulus *= 3
-    flops = of_max + of_modulus
+        of_complex *= 3
+    flops = of_max + of_complex
     return Floor(
         dram_bytes, flops, dram_bytes / BYTES_PER_SECOND * 1e6, flops / FLOP_PER_SECOND.get(dtype, 790e12) * 1e6
     )

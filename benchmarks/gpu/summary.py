@@ -1,4 +1,4 @@
-"""What the GPU's records say: the project's targets, met or missed, and where the fused path is worth its default.
+"""What the GPU's records say: the project's targets, met or missed.
 
 Everything here reads records and runs no model. A speedup is the median time of the one over that of the other, both
 from one interleaved run. "Compiled" is the fastest that torch.compile made of it, in any of the modes that ran.
@@ -10,13 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-KERNELS = {("max", None): "max", ("modulus", 1): "modulus1", ("modulus", 3): "modulus3"}
 MODES = {"forward": "inference", "full": "training"}
-PRODUCTS = {
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "tf32": "float32",
-}  # as mixpool.ops.backend names a case's dtype
 COMPILED = ("compiled", "max-autotune", "max-autotune no graphs")
 TUNED = ("max-autotune", "max-autotune no graphs")
 
@@ -35,14 +29,13 @@ class Target(NamedTuple):
 
 
 def of_case(
-    found: Iterable[dict], kind: str, plan: str, mode: str, *, case="resnet_stem", blur=3, dtype=None, layout=None
+    found: Iterable[dict], kind: str, plan: str, mode: str, *, case="resnet_stem", dtype=None, layout=None
 ) -> dict[str, dict]:
     """provider -> record of one case at its largest batch, without what was skipped; bfloat16 channels_last if None."""
     wanted = [
         r
         for r in found
         if (r["kind"], r.get("case"), r.get("plan"), r.get("mode")) == (kind, case, plan, mode)
-        and (plan == "max" or r["params"]["blur"] == blur)
         and r["dtype"] == (dtype or "bfloat16")
         and r["layout"] == (layout or "channels_last")
         and "skipped" not in r
@@ -84,9 +77,9 @@ def held_share(found: list[dict]) -> float | None:
     return _quotient(*held)
 
 
-def share_of_floor(plan: str, blur: int) -> Callable[[list[dict]], float | None]:
+def share_of_floor(plan: str) -> Callable[[list[dict]], float | None]:
     def value(found: list[dict]) -> float | None:
-        fused = of_case(found, "speed", plan, "forward", blur=blur).get("fused")
+        fused = of_case(found, "speed", plan, "forward").get("fused")
         return None if fused is None else fused["fraction_of_floor"]
 
     return value
@@ -117,13 +110,13 @@ def passing(dtype: str, field: str) -> Callable[[list[dict]], float | None]:
 
 
 TARGETS = (
-    Target("mix blur=3, inference, over compiled stock", 2.0, False, "{:.2f} x", stem_speedup("mix", "forward", "")),
-    Target("mix blur=3, inference, over eager stock", 4.0, False, "{:.2f} x", stem_speedup("mix", "forward", "stock")),
-    Target("mix blur=3, training, over compiled stock", 1.3, False, "{:.2f} x", stem_speedup("mix", "full", "")),
-    Target("mix blur=3, training, over eager stock", 2.5, False, "{:.2f} x", stem_speedup("mix", "full", "stock")),
-    Target("mix blur=3, memory held for backward, of eager's", 0.25, True, "{:.0%}", held_share),
+    Target("mix, inference, over compiled stock", 2.0, False, "{:.2f} x", stem_speedup("mix", "forward", "")),
+    Target("mix, inference, over eager stock", 4.0, False, "{:.2f} x", stem_speedup("mix", "forward", "stock")),
+    Target("mix, training, over compiled stock", 1.3, False, "{:.2f} x", stem_speedup("mix", "full", "")),
+    Target("mix, training, over eager stock", 2.5, False, "{:.2f} x", stem_speedup("mix", "full", "stock")),
+    Target("mix, memory held for backward, of eager's", 0.25, True, "{:.0%}", held_share),
     Target("all-max, inference, over compiled stock", 2.0, False, "{:.2f} x", stem_speedup("max", "forward", "")),
-    Target("all-modulus blur=1, inference, of the roofline", 0.5, False, "{:.0%}", share_of_floor("modulus", 1)),
+    Target("all-cmod, inference, of the roofline", 0.5, False, "{:.0%}", share_of_floor("cmod")),
     Target("ResNet-50 training, mixpool over stock, eager", 1.0, False, "{:.3f} x", model_speedup("")),
     Target("ResNet-50 training, mixpool over stock, compiled", 1.0, False, "{:.3f} x", model_speedup(" compiled")),
     Target("bfloat16 cases within twice eager's error", 1.0, False, "{:.0%}", passing("bfloat16", "within")),
@@ -151,10 +144,8 @@ def summary(found: list[dict]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     floors = {
-        f"{plan}{'' if plan == 'max' else f' blur={blur}'} {MODES[mode]}": of_case(
-            found, "speed", plan, mode, blur=blur
-        ).get("fused")
-        for plan, blur in (("mix", 3), ("max", 3), ("modulus", 1), ("modulus", 3))
+        f"{plan} {MODES[mode]}": of_case(found, "speed", plan, mode).get("fused")
+        for plan in ("mix", "max", "cmod", "modulus")
         for mode in MODES
     }
     shares = [f"{name} {r['fraction_of_floor']:.0%}" for name, r in floors.items() if r is not None]
@@ -169,41 +160,3 @@ def summary(found: list[dict]) -> str:
     if any(r.get("dry") for r in found):
         lines.append("dry run: these numbers mean nothing")
     return "\n".join(lines)
-
-
-def is_clean(record: dict) -> bool:
-    """Whether the record comes from a commit and not from a dry run."""
-    return not record.get("dry") and record["code"]["dirty"] is False and record["code"]["commit"] is not None
-
-
-def measured(found: list[dict]) -> list[dict]:
-    """Where the fused path beat torch.compile(reference, mode="max-autotune"), for `mixpool/fused/measured.json`.
-
-    One entry for each GPU, kernel, mode, dtype and layout of the ResNet stem with one kind of channel at the largest
-    batch; only from clean records whose source did not fail the tests.
-    """
-    failed = {r["code"].get("source") for r in found if r.get("check") == "tests" and r.get("status") == "failed"}
-    kept = [
-        r
-        for r in found
-        if r["kind"] == "speed"
-        and r.get("case") == "resnet_stem"
-        and r["machine"]["gpu"]
-        and is_clean(r)
-        and r["code"].get("source") not in failed
-    ]
-    entries = []
-    keys = sorted(
-        {(r["machine"]["gpu"], r["plan"], r["params"]["blur"], r["mode"], r["dtype"], r["layout"]) for r in kept}
-    )
-    for gpu, plan, blur, mode, dtype, layout in keys:
-        kernel = KERNELS.get((plan, None if plan == "max" else blur))
-        if kernel is None or dtype not in PRODUCTS:
-            continue
-        here = [r for r in kept if r["machine"]["gpu"] == gpu]
-        providers = of_case(here, "speed", plan, mode, blur=blur, dtype=dtype, layout=layout)
-        quotient = _quotient(fastest(providers, "reference", TUNED), _fused(providers))
-        if quotient is not None:
-            values = (gpu, kernel, MODES[mode], PRODUCTS[dtype], layout, round(quotient, 3))
-            entries.append(dict(zip(("gpu", "kernel", "mode", "dtype", "layout", "speedup"), values, strict=True)))
-    return entries

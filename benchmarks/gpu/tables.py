@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 from benchmarks.gpu import summary
@@ -84,16 +83,14 @@ def _gpu_table(found: list[dict], settings: list[tuple]) -> str:
     rows = []
     for case, batch, dtype, layout in settings:
         here = [r for r in found if batch is None or r.get("params", {}).get("N") == batch]
-        for plan, blur in (("max", 3), ("modulus", 1), ("modulus", 3), ("mix", 3)):
+        for plan in ("max", "cmod", "modulus", "mix"):
             for mode, name in MODES.items():
-                options = {"case": case, "blur": blur, "dtype": dtype, "layout": layout}
-                providers = of_case(here, "speed", plan, mode, **options)
+                providers = of_case(here, "speed", plan, mode, case=case, dtype=dtype, layout=layout)
                 if not providers:
                     continue
                 size = next(iter(providers.values()))["params"]["N"]
-                label = plan if plan == "max" else f"{plan} blur={blur}"
                 setting = f"{case.removesuffix('_stem')} {size}, {dtype} {layout}"
-                rows.append([setting, label, name, *_gpu_cells(providers)])
+                rows.append([setting, plan, name, *_gpu_cells(providers)])
     header = ["stem and batch", "plan", "pass", "stock ms", "stock compiled", "reference compiled", "fused"]
     header += ["over stock", "over stock compiled", "over reference compiled", "GB/s", "TFLOP/s", "of the floor"]
     return table(header, rows)
@@ -118,7 +115,7 @@ def gpu_memory() -> str:
     def make(found: list[dict]) -> str:
         rows = [
             [
-                r["plan"] if r["plan"] == "max" else f"{r['plan']} blur={r['params']['blur']}",
+                r["plan"],
                 r["provider"],
                 f"{r['held_mib']:.0f}",
                 f"{r['peak_mib']:.0f}",
@@ -149,10 +146,3 @@ def gpu_models() -> str:
         return table(["model and batch", "pass", "stem", "images/s", "speed over stock"], rows)
 
     return _for_each_gpu(make)
-
-
-def measured() -> str:
-    """The text of mixpool/ops/fused/measured.json: a JSON list, one entry on a line."""
-    entries = [entry for found in gpu_records().values() for entry in summary.measured(found)]
-    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
-    return f"[\n{lines}\n]\n" if entries else "[]\n"

@@ -1,4 +1,4 @@
-"""Which blocks a kernel runs fastest with, side by side: what the table of mixpool/fused/blocks.py is to be set by.
+"""Which blocks a kernel runs fastest with, side by side: what the table of mixpool/ops/fused/blocks.py is to be set by.
 
     python -m benchmarks.gpu --only tune        on request only; stops after 4 minutes
 

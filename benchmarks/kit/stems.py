@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from mixpool import MixPoolStem, convert
 from mixpool.filters.gabor import gabor_bank
+from mixpool.ops.reference import POOLINGS
+from mixpool.selection.calibrate import calibrate
+from mixpool.selection.rules import Select, choose
 
 
 class Unavailable(Exception):
@@ -61,27 +64,26 @@ class StemShape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which channels take the modulus ("max" none, "modulus" all, "mix" every other one), and its blur."""
+    """The poolings of a stem's channels: its name, and the poolings that the channels have in turn.
 
-    kind: str
-    blur: int = 3
+    In a mix they lie together no more than in a trained stem.
+    """
 
-    @property
-    def name(self) -> str:
-        return self.kind if self.kind == "max" else f"{self.kind} blur={self.blur}"
+    name: str
+    turns: tuple[str, ...]
 
-    def is_modulus(self, channels: int) -> list[bool]:
-        """Every other channel in a mix: neither kind lies together, as in a trained stem."""
-        return [self.kind == "modulus" or (self.kind == "mix" and channel % 2 == 1) for channel in range(channels)]
+    def poolings(self, channels: int) -> list[str]:
+        return [self.turns[channel % len(self.turns)] for channel in range(channels)]
 
-    def num_modulus(self, channels: int) -> int:
-        return sum(self.is_modulus(channels))
+    def num_complex(self, channels: int) -> int:
+        return sum(POOLINGS[name].is_complex for name in self.poolings(channels))
 
 
 RESNET = StemShape("resnet_stem", 224, 7, 2, 3, 1, norm=True)
 ALEXNET = StemShape("alexnet_stem", 224, 11, 4, 2, 0, norm=False)
-MAX, MODULUS1, MODULUS3, MIX = Plan("max"), Plan("modulus", 1), Plan("modulus", 3), Plan("mix", 3)
-PLANS = (MIX, MAX, MODULUS1, MODULUS3)
+MAX, CMOD, MODULUS = (Plan(name, (name,)) for name in ("max", "cmod", "modulus"))
+MIX = Plan("mix", ("max", "modulus"))
+PLANS = (MIX, MAX, CMOD, MODULUS)
 
 # As `torch.float32` is named where the matrix units may round it to tf32, and float32 under bfloat16 autocast.
 TORCH_DTYPE = {
@@ -126,16 +128,25 @@ def stock_stem(shape: StemShape, **where) -> nn.Module:
 
 def mixpool_stem(shape: StemShape, plan: Plan, backend: str, **where) -> MixPoolStem:
     """The stem with a plan and a backend by name; Unavailable where this version has no such backend."""
-    mask = plan.is_modulus(shape.out_channels)
-    return MixPoolStem(*stem_parts(shape, **where), select=mask, blur=plan.blur, **backend_option(MixPoolStem, backend))
+    poolings = plan.poolings(shape.out_channels)
+    return MixPoolStem(*stem_parts(shape, **where), pooling=poolings, **backend_option(MixPoolStem, backend))
+
+
+def chosen_stem(parts: tuple, select: Select = "auto", **options: str) -> MixPoolStem:
+    """The stem of these parts with the plan, and calibrated, as `convert` does it without images; its options, too."""
+    stem = MixPoolStem(*parts, backend=options.pop("backend", "auto"))
+    plan, fits = choose(stem, select, **options)
+    stem.lay(plan.poolings)
+    if fits is not None:
+        calibrate(stem, fits)
+    return stem
 
 
 def convert_by(plan: Plan, model: nn.Module, backend: str) -> nn.Module:
     """A timm ResNet with a Gabor bank and a plan for its stem's channels; in place."""
     with torch.no_grad():
         model.conv1.weight.copy_(gabor_bank(*model.conv1.weight.shape[:2], model.conv1.kernel_size[0]))
-    mask = plan.is_modulus(model.conv1.out_channels)
-    convert(model, select=mask, blur=plan.blur, **backend_option(convert, backend))
+    convert(model, select=plan.poolings(model.conv1.out_channels), **backend_option(convert, backend))
     return model
 
 

@@ -25,7 +25,7 @@ def identity(record: dict) -> tuple:
     params = record.get("params", {})
     code, machine = record["code"], record["machine"]
     what = tuple(record.get(name) for name in _NAMES)
-    return (*what, params.get("N"), params.get("blur"), code.get("source"), machine.get("gpu"), machine.get("torch"))
+    return (*what, params.get("N"), code.get("source"), machine.get("gpu"), machine.get("torch"))
 
 
 def is_finished(record: dict) -> bool:

@@ -21,8 +21,6 @@ from benchmarks.kit.store import ROOT
 BENCHMARKS = ROOT / "benchmarks"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "theory.md", *sorted(BENCHMARKS.glob("**/README.md")))
 QUESTIONS = tuple(sorted(file.parent.name for file in BENCHMARKS.glob("*/tables.py") if file.parent.name != "kit"))
-# By which the fused path knows where it is the default; it comes from the GPU's records.
-MEASURED = ROOT / "mixpool" / "ops" / "fused" / "measured.json"
 BLOCK = re.compile(r"<!-- table:(\w+) -->.*?<!-- /table -->", flags=re.DOTALL)
 
 
@@ -43,28 +41,15 @@ def filled(text: str) -> str:
     return BLOCK.sub(lambda match: f"<!-- table:{match[1]} -->\n{makers()[match[1]]()}\n<!-- /table -->", text)
 
 
-def measured() -> str:
-    """The text of MEASURED."""
-    from benchmarks.gpu import tables
-
-    return tables.measured()
-
-
-def contents() -> dict[Path, str]:
-    """What every generated file should hold."""
-    files = {page: filled(page.read_text()) for page in PAGES}
-    return files | ({MEASURED: measured()} if MEASURED.exists() else {})
-
-
 def stale() -> list[Path]:
-    """The generated files that hold something else."""
-    return [path for path, text in contents().items() if path.read_text() != text]
+    """The pages whose tables are others."""
+    return [page for page in PAGES if filled(text := page.read_text()) != text]
 
 
 def write() -> None:
     """Bring all of them up to date."""
-    for path, text in contents().items():
-        path.write_text(text)
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 def main() -> int:

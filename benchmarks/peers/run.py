@@ -35,6 +35,7 @@ from benchmarks.kit.stems import RESNET, Unavailable, images, stem_parts
 from benchmarks.kit.store import NOT_RUN, RECORDS, Store, identity
 from benchmarks.peers.stems import (
     CLASSIFIERS,
+    EARLIER,
     FUNCTIONS,
     MIXPOOL,
     NETWORKS,
@@ -153,7 +154,7 @@ def functions(store: Store, sizes: tuple[int, ...] = (224, 195)) -> Found:
     parts = stem_parts(RESNET)
     ours = stem_of("mixpool BlurPool", parts)
     for name in (name for name in POOLINGS if name != "stock"):
-        record = about("peer_function", "stem", name, package_of(name), base="mixpool.BlurPoolStem")
+        record = about("peer_function", "stem", name, package_of(name), base="mixpool BlurPool")
         yield from _tried(store, record, lambda name=name: difference(ours, stem_of(name, parts), sizes))
     base = randomize(_timm("resnet18", aa_layer=timm.layers.BlurPool2d))
     for name, (build, needed) in FUNCTIONS.items():
@@ -255,16 +256,15 @@ def _stability_on(case: str, photos: Tensor, store: Store) -> Found:
 
 
 def squeezenet_with(provider: str, model: nn.Module, calibration: Tensor) -> int:
-    """Put a provider's pooling into SqueezeNet's stem, in place; the number of modulus channels."""
+    """Put a provider's pooling into SqueezeNet's stem, in place; the number of complex channels."""
     if provider in POOLINGS:
         model.features[2] = POOLINGS[provider].build(model.features[0].out_channels, model.features[2])
         return 0
     options = dict(MIXPOOL[provider])
     if options["select"] == "chosen":
-        # By its own measure, without a blur, no channel of this network would follow its max pooling closely enough.
-        kinds = convert(copy.deepcopy(model), images=calibration).kinds
-        options["select"] = [kind == "modulus" for kind in kinds]
-    return convert(model, **options, images=None if options["select"] == "none" else calibration).num_modulus
+        # By its own measure, without a mean, no channel of this network would follow its max pooling closely enough.
+        options["select"] = list(convert(copy.deepcopy(model), images=calibration).plan.is_complex)
+    return convert(model, **options, images=None if options["select"] == "none" else calibration).num_complex
 
 
 def network(store: Store) -> Found:
@@ -324,9 +324,12 @@ PARTS: dict[str, Callable[[Store], Found]] = {f.__name__: f for f in (functions,
 def keep(store: Store, record: dict[str, Any]) -> None:
     """Add a record in the place of one of the same; a record that says "not run" replaces no measurement."""
 
+    anywhere = {"code": {}, "machine": {}}
+    names = {record["provider"], EARLIER.get(record["provider"])}
+    same = [identity(record | anywhere | {"provider": name}) for name in names]
+
     def is_same(old: dict[str, Any]) -> bool:
-        anywhere = {"code": {}, "machine": {}}
-        return identity(old | anywhere) == identity(record | anywhere)
+        return identity(old | anywhere) in same
 
     if "skipped" in record and any(is_same(old) and "skipped" not in old for old in store):
         return

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import timm
 from torch import nn
 
-from benchmarks.kit.stems import Unavailable
-from mixpool import MixPoolStem
+from benchmarks.kit.stems import Unavailable, chosen_stem
 
 ADOBE = "antialiased_cnns"
 PACKAGES = {ADOBE: "antialiased-cnns", "kornia": "kornia", "timm": "timm"}  # module -> distribution
@@ -59,13 +58,15 @@ POOLINGS = {
         lambda channels, pool: package("kornia").filters.MaxBlurPool2D(3, 2, 2), "kornia"
     ),
 }
-# Arguments of MixPoolStem and of convert; "chosen" stands for the channels that the default (auto, blur=3) takes.
+# Arguments of convert; "chosen" stands for the channels that the default (select="auto") takes.
 MIXPOOL: dict[str, dict[str, Any]] = {
-    "mixpool BlurPool": {"select": "none", "max_blur": 3},
-    "mixpool CMod, blur=1": {"select": "chosen", "blur": 1},
+    "mixpool BlurPool": {"select": "none", "rest": "blurpool"},
+    "mixpool CMod": {"select": "chosen", "pooling": "cmod"},
     "mixpool auto": {"select": "auto"},
-    "mixpool auto, max_blur=3": {"select": "auto", "max_blur": 3},
+    "mixpool auto, rest blurpool": {"select": "auto", "rest": "blurpool"},
 }
+# What records of version 0.1 call some of them.
+EARLIER = {"mixpool CMod": "mixpool CMod, blur=1", "mixpool auto, rest blurpool": "mixpool auto, max_blur=3"}
 STEMS = (*POOLINGS, *MIXPOOL)
 # The classifier is trained with windows of 3, so the others' windows of 2 would be another stem before all else.
 CLASSIFIERS = (*(name for name in POOLINGS if "window 2" not in name), *MIXPOOL)
@@ -80,12 +81,12 @@ def stem_of(provider: str, parts: tuple) -> nn.Module:
     options = dict(MIXPOOL[provider])
     if options["select"] == "chosen":
         options["select"] = is_swapped(parts)
-    return MixPoolStem(conv, norm, act, pool, **options)
+    return chosen_stem((conv, norm, act, pool), **options)
 
 
 def is_swapped(parts: tuple) -> list[bool]:
     """The channels that take the modulus by default."""
-    return [kind == "modulus" for kind in MixPoolStem(*copy.deepcopy(parts), select="auto").kinds]
+    return [name == "modulus" for name in chosen_stem(copy.deepcopy(parts)).poolings]
 
 
 def _timm(name: str, **options: Any) -> nn.Module:
@@ -119,7 +120,7 @@ def plain_shortcuts(model: nn.Module) -> None:
         stage[0].downsample[0] = nn.MaxPool2d(1, 2)
 
 
-OURS_BLURRED = Provider(lambda: _timm("mixpool_resnet18", select="none", init="none", max_blur=3, aa_layer="blur"))
+OURS_BLURRED = Provider(lambda: _timm("mixpool_resnet18", select="none", init="none", rest="blurpool", aa_layer="blur"))
 # Whole ResNet-18s; kornia has no models, so it is its layer in the stem alone.
 NETWORKS = {
     "stock": Provider(lambda: _timm("resnet18")),

@@ -21,7 +21,7 @@ import argparse
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from benchmarks.kit.earlier import in_present_words
 from benchmarks.kit.queue import run_each
 from benchmarks.kit.sample import shared_folder, split
 from benchmarks.kit.store import RECORDS
@@ -100,15 +101,15 @@ NETWORKS = {
 # --- what they are converted to ---------------------------------------------------------------------------------------
 
 AS_MIXPOOL, BAND_PASS = "as mixpool", "band-pass"
-# Names -> arguments of convert(), None for the stock network. With blur=1 hardly any channel would be chosen on images,
-# so paper 2's CMod takes those that the default takes, or all whose dc share is below 0.05.
+# Names -> arguments of convert(), None for the stock network. With "cmod" images would choose hardly any channel, so
+# paper 2's CMod takes those that the default takes, or all whose dc share is below 0.05.
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "stock": None,
-    "blurpool": {"select": "none", "max_blur": 3},
-    "cmod": {"select": AS_MIXPOOL, "blur": 1},
-    "cmod_band_pass": {"select": BAND_PASS, "blur": 1},
+    "blurpool": {"select": "none", "rest": "blurpool"},
+    "cmod": {"select": AS_MIXPOOL, "pooling": "cmod"},
+    "cmod_band_pass": {"select": BAND_PASS, "pooling": "cmod"},
     "mixpool": {},
-    "mixpool_max_blur": {"max_blur": 3},
+    "mixpool_rest_blurpool": {"rest": "blurpool"},
 }
 
 
@@ -135,7 +136,7 @@ def arguments_of(network: Network, variant: str, images: Tensor | None) -> dict[
     arguments = VARIANTS[variant]
     select = (arguments or {}).get("select")
     if select == AS_MIXPOOL:
-        return arguments | {"select": list(convert(network.build(), images=images).plan.is_modulus)}
+        return arguments | {"select": list(convert(network.build(), images=images).plan.is_complex)}
     if select == BAND_PASS:
         return arguments | {"select": (analyze(_conv_of(network.build())).dc_share < MAX_DC_SHARE).tolist()}
     return arguments
@@ -154,8 +155,8 @@ def converted(network: Network, variant: str, images: Tensor | None = None) -> n
     return model
 
 
-def num_modulus(model: nn.Module) -> int:
-    return sum(stem.num_modulus for stem in converted_stems(model).values())
+def num_complex(model: nn.Module) -> int:
+    return sum(stem.num_complex for stem in converted_stems(model).values())
 
 
 def _conv_of(model: nn.Module) -> nn.Conv2d:
@@ -185,7 +186,15 @@ def _protocols(row: Row) -> tuple[str, ...]:
 
 def has_record(row: Row) -> bool:
     found = records.read(RECORD) if RECORD.exists() else ()
-    return any(Row(r["network"], r["variant"], r["split"]) == row and r["definition"] == definition(row) for r in found)
+    return any(
+        Row(r["network"], r["variant"], r["split"]) == row and present_definition(r) == definition(row) for r in found
+    )
+
+
+def present_definition(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record measured, maybe with version 0.1, in the words of today."""
+    found = record["definition"]
+    return found | {"convert": None if found["convert"] is None else in_present_words(found["convert"])}
 
 
 def data_of(row: Row, output: Path) -> tuple[Path, Path]:
@@ -244,7 +253,7 @@ def measured(row: Row, stage: str, output: Path) -> dict[str, Any]:
     for name, protocols, limit in (("all", _protocols(row), None), ("kl", ("kl",), KL_IMAGES)):
         photos = open_images(folder, split="validation", class_map=class_map, limit=limit)
         found[name] = evaluate(model, photos, protocols=protocols, workers=1, device="cpu")
-    kept = {"definition": wanted, "num_modulus": num_modulus(model), "evaluations": found}
+    kept = {"definition": wanted, "num_modulus": num_complex(model), "evaluations": found}
     kept["training"] = {key: trained[key] for key in ("code", "final", "history") if key in trained}
     path.parent.mkdir(parents=True, exist_ok=True)
     save(path, kept | {"evaluations": {name: as_plain(evaluation) for name, evaluation in found.items()}})

@@ -53,7 +53,7 @@ def main() -> None:
             report = convert(model, images=shifted(images[calibration]) if with_images else None)
             chosen = others if with_images else torch.arange(len(images))
             outputs_of = {name: logits(model, shifted(images[chosen], *s)) for name, s in shifts.items()}
-        swapped = torch.tensor(report.plan.is_modulus).nonzero()[:, 0]
+        swapped = torch.tensor(report.plan.is_complex).nonzero()[:, 0]
         before = stem_change(stock.features[:3], images[others], swapped)
         after = stem_change(model.features[:3], images[others], swapped)
         outputs = {name: o if with_images else o[others] for name, o in outputs_of.items()}
@@ -65,8 +65,8 @@ def main() -> None:
             seed=seed,
             calibration_images=len(calibration) if with_images else 0,
             num_images=len(others),
-            channels=len(report.kinds),
-            num_modulus=report.num_modulus,
+            channels=len(report.poolings),
+            num_modulus=report.num_complex,
             top1={"stock": right_of_stock.double().mean().item() * 100, "mixpool": right.double().mean().item() * 100},
             top1_change_ci95=difference_interval(right, right_of_stock),
             agreement=(outputs["0"].argmax(1) == stock_logits["0"][others].argmax(1)).double().mean().item() * 100,
@@ -82,7 +82,7 @@ def main() -> None:
         )
         results.append(record)
         print(
-            f"seed {seed}, {record['calibration_images']} photos: {report.num_modulus} channels, top-1 "
+            f"seed {seed}, {record['calibration_images']} photos: {report.num_complex} channels, top-1 "
             f"{record['top1']['stock']:.2f} -> {record['top1']['mixpool']:.2f}, stem change "
             f"{before.mean():.3f} -> {after.mean():.3f}"
         )

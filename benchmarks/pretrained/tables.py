@@ -29,7 +29,7 @@ VARIANTS = {
     "cmod": "CMod",
     "cmod_band_pass": "CMod, all band-pass",
     "mixpool": "mixpool",
-    "mixpool_max_blur": "mixpool, max_blur=3",
+    "mixpool_rest_blurpool": "mixpool, rest BlurPool",
 }
 # Where each quantity lies whose value stands with its paired difference to stock, and how it is written. KL differs by
 # orders of magnitude between the networks.

@@ -2,9 +2,10 @@
 
     python -m benchmarks.selecting.partner   about 2 minutes; writes records/partner.jsonl
 
-Correlation of CMod (blur=1 and 3, raw: no fit, no activation) with RMax over the 500 photos, for SqueezeNet's
-band-pass channels above and below 1.2 rad/px, with the prior-weighted partner, the cropped Hilbert partner and the
-exact directional Hilbert transform of the responses' filters (a 31 x 31 kernel).
+Correlation of the modulus (raw: no fit, no activation; "blur" 1 in the records: at the window's centre, 3: its binomial
+mean) with RMax over the 500 photos, for SqueezeNet's band-pass channels above and below 1.2 rad/px, with the
+prior-weighted partner, the cropped Hilbert partner and the exact directional Hilbert transform of the responses'
+filters (a 31 x 31 kernel).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from mixpool.filters import partner as filters
 from mixpool.filters.partner import PRIOR_SIZE, wrong_side_energy
 from mixpool.filters.spectrum import center_frequency, frequency_grid, half_plane_side, natural_image_prior
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry, centers_are_inside
-from mixpool.ops.reference import lowpass_pool, max_pool, modulus
+from mixpool.ops.modulus import modulus
+from mixpool.ops.reference import lowpass_pool, max_pool
 
 CONV = ConvGeometry((2, 2))
 POOL = PoolGeometry((3, 3), (2, 2), (0, 0), True)

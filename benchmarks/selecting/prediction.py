@@ -1,4 +1,4 @@
-"""How well the predictions from the weights alone (`FilterStats.predicted_*`) meet photographs.
+"""How well the predictions from the weights alone (`FilterStats.predicted`) meet photographs.
 
     python -m benchmarks.selecting.prediction   about 5 minutes on 2 cores; writes records/prediction.jsonl
 

@@ -71,11 +71,16 @@ def slow_share(weight: Tensor, stride: int | Sequence[int]) -> Tensor:
     return ratio(slow, energy.sum(dim=(1, 2)))
 
 
+def fidelity_of_all(conv: nn.Conv2d, pool: nn.MaxPool2d, images: Tensor) -> Tensor:
+    """(C,) fidelity of every filter, were it pooled by its modulus."""
+    stem, stats = MixPoolStem(conv, None, nn.ReLU(), pool), analyze(conv)
+    return measure(stem, torch.arange(len(stats)), stats, images, ("modulus",) * len(stats)).fidelity
+
+
 def fidelity_record(name: str, conv: nn.Conv2d, pool: nn.MaxPool2d, images: Tensor) -> dict:
     """All filters of a convolution: what their weights say, what the photos say, and how both correlate."""
     stats = analyze(conv)
-    stem = MixPoolStem(conv, None, nn.ReLU(), pool, select="none")
-    fidelity = measure(stem, torch.arange(len(stats)), stats, images).fidelity.double()
+    fidelity = fidelity_of_all(conv, pool, images).double()
     others = {"slow_share": slow_share(conv.weight.detach(), conv.stride)}
     values = {number: others[number] if number in others else getattr(stats, number) for number in NUMBERS}
     band_pass = stats.dc_share < 0.05
@@ -105,7 +110,7 @@ def zero_shot_record(
         if seed == 0 or model is not models[0]:
             right_of_all = logits(model, images).argmax(dim=1) == labels
         right_now = right_of_all[others]
-        counts.append(model.features[0].num_modulus)
+        counts.append(model.features[0].num_complex)
         drops.append((right_now.double().mean() - right[others].double().mean()).item() * 100)
         intervals.append(difference_interval(right_now, right[others]))
     record = records.stamp(
@@ -143,10 +148,9 @@ def main() -> None:
     images = shifted(images)
     right_of_stock = logits(squeezenet(), images).argmax(dim=1) == labels
     stats = analyze(conv)
-    stem = MixPoolStem(conv, None, nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), select="none")
-    every = torch.arange(len(stats))
+    pool = nn.MaxPool2d(3, 2, ceil_mode=True)
     calibration = [images[split(seed)[0]] for seed in range(4)]
-    fidelities = [measure(stem, every, stats, some).fidelity for some in calibration]
+    fidelities = [fidelity_of_all(conv, pool, some) for some in calibration]
     band_pass = stats.dc_share <= MAX_DC_SHARE
     for value in track((0.80, 0.82, 0.84, 0.86), "fidelity"):
         models = [converted(band_pass & (f >= value), some) for f, some in zip(fidelities, calibration, strict=True)]

@@ -39,7 +39,8 @@ class MixPoolStem(nn.Module):
     `plan`, (C_out, 3): the pooling of each channel and the direction of its frequency, on which V depends (`state.py`);
     and the buffer `calibration`, (C_out, 2): the gain and the offset that `calibrate` folded into the parameters (1 and
     0 if none). The plan may be written in any way (load_state_dict, in place, by functional_call): the next forward
-    pass does what it says. A compiled stem sees `lay` and load_state_dict; write to the buffer in place before.
+    pass does what it says. A compiled stem follows `lay` and load_state_dict, and raises where the buffer was written
+    to in another way. (On a GPU, a write through `.data`, of which torch keeps no account, only a compiled stem sees.)
 
     Args:
         conv: nn.Conv2d with zero padding and groups=1.
@@ -159,6 +160,12 @@ class MixPoolStem(nn.Module):
                 if not torch.equal(plan.detach().cpu().float(), self._structure.plan):
                     self._adopt(plan)
                 self._seen = seen
+        elif torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            # A graph cannot look at the numbers and trace anew: it stops where they are others than it was made for.
+            is_same = (plan.round() == self._structure.numbers).all()
+            torch._assert_async(
+                is_same, "a stem's plan was written to after torch.compile: call its lay(), or compile anew"
+            )
         if not self._structure.is_on(device, dtype):
             self._adopt(self._structure.plan)
         return self._structure

@@ -53,11 +53,12 @@ def decode_direction(plan: Tensor) -> Tensor:
 class Structure(NamedTuple):
     """What a plan means on one device.
 
-    plan: the buffer's values, on the CPU; poolings: per channel; groups: the channels of each pooling;
-    partner_map: (n, k*k, k*k) of the complex channels, group after group, None if there are none.
+    plan: the buffer's values, on the CPU; numbers: the same on this device; poolings: per channel; groups: the channels
+    of each pooling; partner_map: (n, k*k, k*k) of the complex channels, group after group, None if there are none.
     """
 
     plan: Tensor
+    numbers: Tensor
     poolings: tuple[str, ...]
     groups: tuple[Group, ...]
     partner_map: Tensor | None
@@ -84,7 +85,7 @@ def structure_of(plan: Tensor, kernel_size: Pair, device: torch.device, dtype: t
             direction = decode_direction(plan)[torch.cat(complex_groups)]
             partner_map = analytic_partner_map(direction, kernel_size).to(device, dtype)
         groups = tuple(Group(name, index.to(device)) for name, index in groups)
-    return Structure(plan, poolings, groups, partner_map)
+        return Structure(plan, plan.to(device), poolings, groups, partner_map)
 
 
 def is_readable(plan: Tensor) -> bool:
@@ -109,7 +110,7 @@ def structure_of_batch(plan: Tensor, kernel_size: Pair, device: torch.device, dt
         raise ValueError("expected models with the same poolings under torch.func.vmap, got several plans")
     (names,) = poolings
     groups = groups_of(names, device)
-    found = Structure(every[0], names, groups, None)
+    found = Structure(every[0], every[0], names, groups, None)
     if not any(POOLINGS[group.pooling].is_complex for group in groups):
         return found
     direction = decode_direction(plan).index_select(0, found.complex_index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.cost import times as cost_time
 from benchmarks.cost.models import (
     BLUR_STEM,
     CMOD,
+    ENERGY,
     NETWORKS,
     STEMS,
     TIMM_AA,
@@ -47,18 +49,19 @@ def mixed_stem(model: nn.Module) -> MixPoolStem | None:
     return next((module for module in model.modules() if isinstance(module, MixPoolStem)), None)
 
 
-@pytest.mark.parametrize("subject, num_modulus, num_cmod", [("resnet stem", 48, 24), ("alexnet stem", 32, 32)])
-def test_every_stem_has_the_pooling_of_its_name(subject, num_modulus, num_cmod):
+@pytest.mark.parametrize("subject, num_bank, num_cmod", [("resnet stem", 48, 24), ("alexnet stem", 32, 32)])
+def test_every_stem_has_the_pooling_of_its_name(subject, num_bank, num_cmod):
     shapes = set()
     for variant in variants_of(subject):
         stem = build(subject, variant).eval()
         mixed = mixed_stem(stem)
         expected = {
-            BLUR_STEM: (0, 3, 3),
-            CMOD: (num_cmod, 1, 1),
-            "mixpool": (num_modulus, 3, 3),
+            BLUR_STEM: {"blurpool": 64},
+            CMOD: {"cmod": num_cmod, "max": 64 - num_cmod},
+            "mixpool": {"modulus": num_bank, "blurpool": 64 - num_bank},
+            ENERGY: {"energy": num_bank, "blurpool": 64 - num_bank},
         }.get(variant)
-        assert (None if mixed is None else (mixed.num_modulus, mixed.blur, mixed.max_blur)) == expected
+        assert (None if mixed is None else Counter(mixed.poolings)) == expected
         assert mixed is None or mixed.backend == "reference"
         shapes.add(tuple(stem(random_images(2, 64)).shape))
     assert shapes == {(2, 64, 16, 16)} if subject == "resnet stem" else shapes == {(2, 64, 7, 7)}
@@ -68,7 +71,7 @@ def test_blurs_stand_where_the_variant_says():
     def num_blurs(variant: str) -> int:
         return sum(type(module).__name__ == "BlurPool2d" for module in build("resnet18", variant).modules())
 
-    assert [num_blurs(variant) for variant in variants_of("resnet18")] == [0, 0, 4, 0, 0, 3]
+    assert [num_blurs(variant) for variant in variants_of("resnet18")] == [0, 0, 4, 0, 0, 0, 3]
     torch.testing.assert_close(
         build("resnet stem", BLUR_STEM).eval()(random_images(1, 64)),
         build("resnet stem", TIMM_AA).eval()(random_images(1, 64)),
@@ -113,6 +116,7 @@ def test_flops_of_the_stems():
     assert of(CMOD)[0] == 40 * conv + 24 * 2 * conv / 4, "24 channels convolve twice, at a quarter of the positions"
     assert of("mixpool")[0] == 64 * (conv + blur) + 48 * conv, "48 channels convolve twice, and all blur"
     assert 0 < of("mixpool")[1] < 1e6, "the imaginary filters"
+    assert of(ENERGY) == of("mixpool")
 
 
 def test_saved_bytes_by_hand():
@@ -158,8 +162,8 @@ def test_everything_asked_for_is_a_case():
         assert set(here) == stems | {(network, mode, "NCHW") for network in NETWORKS for mode in modes}
     assert [c.is_compiled for c in cases] == sorted(c.is_compiled for c in cases)
     assert {c.subject for c in cases[-4:]} == {"resnet34", "resnet50"} and all(c.is_compiled for c in cases[-4:])
-    assert len(Case("cost_time", "resnet18", "forward").variants()) == 6
-    assert len(Case("cost_time", "resnet18", "forward", True).variants()) == 4
+    assert len(Case("cost_time", "resnet18", "forward").variants()) == 7
+    assert len(Case("cost_time", "resnet18", "forward", True).variants()) == 5
 
     growth = growth_cases()
     assert len(set(growth)) == len(growth) == 16
@@ -244,7 +248,7 @@ def test_a_variant_that_fails_leaves_its_reason(tmp_path, monkeypatch):
         stem = mixed_stem(module)
         if stem is None:
             return module
-        if stem.num_modulus == 0:
+        if stem.num_complex == 0:
             raise RuntimeError("no C++ compiler\nfound")
         return lambda x: module(x) + 0.01
 

@@ -20,7 +20,7 @@ from benchmarks.gpu import tune as gpu_tune
 from benchmarks.gpu.cases import Case, cases_of
 from benchmarks.gpu.roofline import floor_of
 from benchmarks.kit import stems, store, tables, timing
-from benchmarks.kit.stems import ALEXNET, MAX, MIX, MODULUS1, MODULUS3, RESNET
+from benchmarks.kit.stems import ALEXNET, CMOD, MAX, MIX, MODULUS, RESNET
 from benchmarks.kit.timing import Budget
 from mixpool import records
 from mixpool.ops import backend
@@ -36,13 +36,13 @@ def poisoned_memory():
 # Section 1 of the design, batch 256 in bfloat16: microseconds of memory traffic and of nominal products, GFLOP.
 FLOORS = {
     "RMax inference": (RESNET, MAX, False, 60, 76, 60.4),
-    "CMod inference": (RESNET, MODULUS1, False, 60, 38, 30.2),
+    "CMod inference": (RESNET, CMOD, False, 60, 38, 30.2),
     "RMax training": (RESNET, MAX, True, 291, 229, 181.3),
-    "CMod training": (RESNET, MODULUS1, True, 257, 115, 90.6),
+    "CMod training": (RESNET, CMOD, True, 257, 115, 90.6),
     "AlexNet RMax inference": (ALEXNET, MAX, False, 34, 46, 36.0),
-    "AlexNet CMod inference": (ALEXNET, MODULUS1, False, 34, 22, 17.3),
+    "AlexNet CMod inference": (ALEXNET, CMOD, False, 34, 22, 17.3),
     "AlexNet RMax training": (ALEXNET, MAX, True, 75, 91, 72.0),
-    "AlexNet CMod training": (ALEXNET, MODULUS1, True, 67, 66, 52.0),
+    "AlexNet CMod training": (ALEXNET, CMOD, True, 67, 66, 52.0),
 }
 
 
@@ -61,8 +61,8 @@ def test_a_floor_scales():
     assert single.dram_us == pytest.approx(2 * half.dram_us) and single.tensor_us == pytest.approx(2 * half.tensor_us)
     quarter = floor_of(RESNET, MIX, 64, "bfloat16", False)
     assert 4 * quarter.dram_bytes == half.dram_bytes and 4 * quarter.flops == half.flops
-    # blur=3 needs the modulus everywhere: four times as many positions
-    blurred, sharp = (floor_of(RESNET, plan, 256, "bfloat16", False) for plan in (MODULUS3, MODULUS1))
+    # the mean needs the modulus everywhere: four times as many positions
+    blurred, sharp = (floor_of(RESNET, plan, 256, "bfloat16", False) for plan in (MODULUS, CMOD))
     assert blurred.flops == 4 * sharp.flops and blurred.dram_bytes == sharp.dram_bytes
     # a mix: half the products of each kind, the images read once
     assert 2 * half.flops == floor_of(RESNET, MAX, 256, "bfloat16", False).flops + blurred.flops
@@ -84,9 +84,9 @@ def test_the_stems_have_the_shape_they_say(shape):
     stock = stems.stock_stem(small).eval()
     assert stock[0](x).shape[2:] == small.conv_size
     assert stock(x).shape == (2, 8, *small.pooled_size)
-    for plan in (MAX, MIX, MODULUS1):
+    for plan in (MAX, MIX, CMOD):
         stem = stems.mixpool_stem(small, plan, "reference")
-        assert stem(x).shape == (2, 8, *small.pooled_size) and stem.num_modulus == plan.num_modulus(8)
+        assert stem(x).shape == (2, 8, *small.pooled_size) and stem.num_complex == plan.num_complex(8)
         assert torch.equal(stem.weight, stock[0].weight)
     reordered = stems.mixpool_stem(small, MAX, "reference").eval()
     assert torch.equal(reordered(x), stock(x)), "the baseline computes the stock stem's numbers"
@@ -100,7 +100,7 @@ def test_the_targets_come_first_and_against_every_compiler():
     assert [(case.plan, case.mode) for case in found[:4]] == [
         (MIX, "forward"),
         (MAX, "forward"),
-        (MODULUS1, "forward"),
+        (CMOD, "forward"),
         (MIX, "full"),
     ]
     assert cases_of("stem", quick=True) == found[:4]
@@ -120,12 +120,12 @@ def test_every_setting_of_the_issue_is_there():
     for shape, batch in ((RESNET, 64), (RESNET, 256), (ALEXNET, 256)):
         for mode in ("forward", "full"):
             plans = {c.plan for c in found if (c.shape, c.batch, c.mode) == (shape, batch, mode)}
-            assert plans == {MAX, MODULUS1, MODULUS3, MIX}
+            assert plans == {MAX, CMOD, MODULUS, MIX}
     settings = {(case.dtype, case.layout) for case in found}
     assert settings >= {("bfloat16", "NCHW"), ("float16", "channels_last"), ("tf32", "channels_last")}
     assert any(case.dtype == "autocast" for case in found)
     for dtype, layout in {s for s in settings if s[0] != "autocast"}:  # what decides the default
-        for plan in (MAX, MODULUS1, MODULUS3):
+        for plan in (MAX, CMOD, MODULUS):
             for mode in ("forward", "full"):
                 case = next(c for c in found if c[1:6] == (plan, 256, mode, dtype, layout) and c.shape == RESNET)
                 assert set(case.compilers) & set(gpu_summary.TUNED)
@@ -201,7 +201,7 @@ def test_a_case_has_a_record_for_each_provider(tiny, tmp_path):
         assert record["dry"] is True and record["kind"] == "speed" and record["mode"] == "full"
         assert record["ms"]["p50"] > 0 and record["ms"]["n"] == 1 and record["ratio_to_stock"]["p50"] > 0
         assert record["floor"]["dram_bytes"] > 0 and record["gb_per_s"] > 0 and record["tflop_per_s"] > 0
-        assert record["params"]["num_modulus"] == 4 and record["code"]["source"] == records.code()["source"]
+        assert record["params"]["num_complex"] == 4 and record["code"]["source"] == records.code()["source"]
     assert found["stock"]["floor"]["flops"] < found["fused"]["floor"]["flops"], "two convolutions per modulus"
 
 
@@ -332,5 +332,5 @@ def test_a_dry_run_goes_through_every_part(tmp_path, capfd):
         assert ("skipped" in record) != any(
             key in record for key in ("ms", "status", "error", "held_mib", "kernels")
         ), f"either measured or skipped with a reason: {record}"
-    assert "== summary" in out and "mix blur=3, inference, over compiled stock" in out
+    assert "== summary" in out and "mix, inference, over compiled stock" in out
     assert "dry run: these numbers mean nothing" in out

@@ -1,8 +1,7 @@
-"""What becomes of the GPU's records: commits, summary, tables, and where the fused path is the default."""
+"""What becomes of the GPU's records: commits, summary, tables."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 
 import pytest
@@ -14,10 +13,11 @@ from benchmarks.gpu import models as gpu_models
 from benchmarks.gpu import summary as gpu_summary
 from benchmarks.gpu import tables as tables_gpu
 from benchmarks.gpu.cases import Case
-from benchmarks.kit import markdown, stems, store, tables
+from benchmarks.kit import markdown, stems, store
 from benchmarks.kit.stems import MAX, MIX, RESNET
 from mixpool import records
-from mixpool.ops import backend
+
+PLANS = {plan.name: plan for plan in stems.PLANS}
 
 # --- commits ----------------------------------------------------------------------------------------------------------
 
@@ -27,12 +27,12 @@ def test_the_source_hash_is_gits(tmp_path):
     (package / "fused").mkdir(parents=True)
     (package / "__init__.py").write_text("x = 1\n")
     (package / "fused" / "a.py").write_text("")
-    (package / "fused" / "measured.json").write_text("[]")
+    (package / "fused" / "notes.json").write_text("[]")
     empty = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # git's name of the empty file
     known = subprocess.run(["git", "hash-object", package / "__init__.py"], capture_output=True, text=True)
     if known.returncode:
         pytest.skip("needs git")
-    blobs = [("fused/a.py", empty), ("__init__.py", known.stdout.strip()), ("fused/measured.json", "any")]
+    blobs = [("fused/a.py", empty), ("__init__.py", known.stdout.strip()), ("fused/notes.json", "any")]
     assert records._source_hash_of(package) == records.source_hash(blobs)
     (package / "fused" / "a.py").write_text("y = 2\n")
     assert records._source_hash_of(package) != records.source_hash(blobs)
@@ -57,10 +57,10 @@ def test_collecting_finds_the_commit_and_replaces_what_was_measured_before(tmp_p
 
 
 def speed_record(
-    provider: str, ms: float, plan: str = "mix", mode: str = "forward", *, blur=3, batch=256, gpu_name="H100",
+    provider: str, ms: float, plan: str = "mix", mode: str = "forward", *, batch=256, gpu_name="H100",
     dtype="bfloat16", layout="channels_last", source="s", commit="c", dirty=False, **fields,
 ) -> dict:  # fmt: skip
-    record = Case(RESNET, stems.Plan(plan, blur), batch, mode, dtype, layout).record(provider, ms={"p50": ms})
+    record = Case(RESNET, PLANS[plan], batch, mode, dtype, layout).record(provider, ms={"p50": ms})
     record |= {"gb_per_s": 1000.0, "tflop_per_s": 100.0, "fraction_of_floor": 0.06 / ms, **fields}
     record["machine"]["gpu"] = gpu_name
     record["code"] = {"version": "1", "commit": commit, "dirty": dirty, "source": source}
@@ -81,26 +81,26 @@ def test_targets_are_met_or_missed_and_never_guessed():
     rows = rows_of([])
     assert len(rows) == len(gpu_summary.TARGETS) and {row[-1] for row in rows.values()} == {"not measured"}
     rows = rows_of(measured_case(0.8) + measured_case(1.9, mode="full"))
-    assert rows["mix blur=3, inference, over compiled stock"] == [">= 2.00 x", "2.50 x", "met"], "of its fastest"
-    assert rows["mix blur=3, inference, over eager stock"] == [">= 4.00 x", "5.00 x", "met"]
-    assert rows["mix blur=3, training, over compiled stock"] == [">= 1.30 x", "1.05 x", "missed"]
+    assert rows["mix, inference, over compiled stock"] == [">= 2.00 x", "2.50 x", "met"], "of its fastest"
+    assert rows["mix, inference, over eager stock"] == [">= 4.00 x", "5.00 x", "met"]
+    assert rows["mix, training, over compiled stock"] == [">= 1.30 x", "1.05 x", "missed"]
     assert rows["all-max, inference, over compiled stock"][-1] == "not measured"
     skipped = [{**record, "skipped": "failed"} for record in measured_case(0.8) if record["provider"] == "fused"]
     without = [record for record in measured_case(0.8) if record["provider"] != "fused"]
-    assert rows_of(without + skipped)["mix blur=3, inference, over eager stock"][-1] == "not measured"
+    assert rows_of(without + skipped)["mix, inference, over eager stock"][-1] == "not measured"
 
 
-def test_targets_read_the_largest_batch_and_the_right_blur():
-    found = measured_case(0.1, batch=64) + measured_case(0.8) + measured_case(0.1, plan="mix", blur=1)
-    assert rows_of(found)["mix blur=3, inference, over eager stock"][1] == "5.00 x"
-    found = measured_case(0.1, plan="modulus", blur=1)
-    assert rows_of(found)["all-modulus blur=1, inference, of the roofline"] == [">= 50%", "60%", "met"]
+def test_targets_read_the_largest_batch_and_the_right_plan():
+    found = measured_case(0.1, batch=64) + measured_case(0.8) + measured_case(0.1, plan="modulus")
+    assert rows_of(found)["mix, inference, over eager stock"][1] == "5.00 x"
+    found = measured_case(0.1, plan="cmod")
+    assert rows_of(found)["all-cmod, inference, of the roofline"] == [">= 50%", "60%", "met"]
 
 
 def test_memory_models_and_accuracy_have_targets():
     case = Case(RESNET, MIX, 256, "full")
     found = [case.record("stock", "memory", held_mib=1000.0), case.record("fused", "memory", held_mib=260.0)]
-    assert rows_of(found)["mix blur=3, memory held for backward, of eager's"] == ["<= 25%", "26%", "missed"]
+    assert rows_of(found)["mix, memory held for backward, of eager's"] == ["<= 25%", "26%", "missed"]
     eager, compiled = gpu_models.cases(quick=True)
     found = [
         eager.record("stock", images_per_s=1000.0),
@@ -172,48 +172,10 @@ def test_accuracy_of_a_wrong_and_of_an_unstable_stem(monkeypatch):
     assert "NOT WITHIN" in gpu_checks.verdict(bad) and "NOT REPEATABLE" in gpu_checks.verdict(bad)
 
 
-# --- where the fused path is the default ------------------------------------------------------------------------------
-
-
-def test_measured_compares_single_kinds_with_the_tuned_reference():
-    found = measured_case(1.0, plan="max") + measured_case(0.5, plan="modulus", blur=1, mode="full", dtype="float16")
-    found += measured_case(0.5, plan="mix") + measured_case(0.5, plan="max", dtype="autocast")
-    assert gpu_summary.measured(found) == [
-        {"gpu": "H100", "kernel": "max", "mode": "inference", "dtype": "bfloat16", "layout": "channels_last",
-         "speedup": 1.5},
-        {"gpu": "H100", "kernel": "modulus1", "mode": "training", "dtype": "float16", "layout": "channels_last",
-         "speedup": 3.0},
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "spoilt",
-    [{"dry": True}, {"dirty": True}, {"dirty": None}, {"commit": None}, {"gpu_name": None}],
-    ids=lambda spoilt: "-".join(spoilt),
-)
-def test_measured_takes_clean_records_only(spoilt):
-    assert gpu_summary.measured(measured_case(0.5, plan="max", **spoilt)) == []
-
-
-def test_measured_names_the_cases_as_the_choice_of_the_backend_asks_for_them():
-    entry, other = (gpu_summary.measured(measured_case(0.5, plan="max", dtype=d))[0] for d in ("tf32", "float16"))
-    assert (entry["dtype"], other["dtype"]) == ("float32", "float16")
-    kernel, mode = entry["kernel"], entry["mode"]
-    assert backend._slowest([entry]) == {("H100", kernel, mode, "float32", "channels_last"): 3.0}
-    assert (kernel, mode) == ("max", "inference")
-
-
-def test_measured_takes_nothing_of_sources_that_failed_their_tests():
-    verdict = gpu_checks.check_record("tests", status="failed")
-    verdict["code"] = {"source": "s"}
-    found = measured_case(0.5, plan="max")
-    assert gpu_summary.measured(found) and gpu_summary.measured([*found, verdict]) == []
-
-
 def test_the_tables_of_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(tables_gpu, "RECORDS", tmp_path)
     empty = [make() for make in (tables_gpu.gpu, tables_gpu.gpu_targets, tables_gpu.gpu_models)]
-    assert set(empty) == {tables_gpu.NO_GPU} and tables.measured() == "[]\n"
+    assert set(empty) == {tables_gpu.NO_GPU}
     found = measured_case(0.8, plan="max") + measured_case(0.4, batch=64)
     found.append(Case(RESNET, MIX, 256, "full").record("fused", "memory", held_mib=154.0, peak_mib=300.0))
     found[-1]["machine"]["gpu"], found[-1]["code"] = "H100", found[0]["code"]
@@ -223,8 +185,6 @@ def test_the_tables_of_the_gpu(tmp_path, monkeypatch):
     assert "resnet 64" in tables_gpu.gpu_others() and "| max |" not in tables_gpu.gpu_others()
     assert "| 154 | 300 |" in tables_gpu.gpu_memory() and "H100, driver" in tables_gpu.gpu_memory()
     assert "5.00 x" not in tables_gpu.gpu_models()
-    (entry,) = json.loads(tables.measured())
-    assert entry["kernel"] == "max" and entry["speedup"] == pytest.approx(1.875)
 
 
 def test_tables_refuse_a_dry_run(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks import __main__ as bench
 from benchmarks.kit import command, figures, import_graph, markdown, tables
+from benchmarks.kit.earlier import in_present_words
 from benchmarks.selecting import partner
 from benchmarks.selecting import run as selecting
 from mixpool import records
@@ -78,6 +79,7 @@ def test_an_unknown_option_is_refused(monkeypatch):
 # --- tables and figures -----------------------------------------------------------------------------------------------
 
 
+PRESENT = {"num_bank": 24, "pooling": "cmod", "rest": "max"}
 WITHOUT_TABLES = (tables.BENCHMARKS / "README.md", tables.BENCHMARKS / "theory" / "README.md")
 
 
@@ -88,15 +90,23 @@ def test_tables_are_up_to_date(page):
     assert tables.BLOCK.search(text) or page in WITHOUT_TABLES
 
 
-def test_what_the_fused_path_knows_of_speeds_is_what_was_measured():
-    if tables.MEASURED.parent.is_dir():
-        assert tables.MEASURED.read_text() == tables.measured(), "run python -m benchmarks.kit.tables"
-    assert tables.stale() == []
+def test_a_stale_table_is_noticed(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    text = next(page for page in tables.PAGES if tables.BLOCK.search(page.read_text())).read_text()
+    page.write_text(tables.BLOCK.sub(lambda match: match[0].replace("| stock |", "| stack |"), text))
+    assert page.read_text() != text
+    monkeypatch.setattr(tables, "PAGES", (page,))
+    assert tables.stale() == [page]
+    tables.write()
+    assert page.read_text() == text and tables.stale() == []
 
 
-def test_a_stale_table_is_noticed():
-    text = tables.PAGES[0].read_text()
-    assert tables.filled(text.replace("| stock |", "| stack |")) == text
+def test_arguments_of_version_0_1_are_read_in_the_words_of_today():
+    assert in_present_words({"num_bank": 24, "blur": 1, "max_blur": 1}) == PRESENT
+    assert in_present_words(PRESENT) == PRESENT
+    default = {"blur": 3, "max_blur": 3, "imag": "tied", "select": [True, False]}
+    assert in_present_words(default) == {"pooling": "modulus", "rest": "blurpool", "select": [True, False]}
+    assert in_present_words({"imag": "free"}) == {"imag": "free"}, "nothing of today"
 
 
 def test_every_table_is_on_one_page():
@@ -165,26 +175,36 @@ def checkout(tmp_path) -> Path:
 
 
 def test_the_graph_counts_every_import(checkout):
-    files = import_graph.file_graph(checkout)
-    assert files["mixpool.a.top"] == {"mixpool.b.low", "mixpool.b", "mixpool.a.side"}
-    assert files["mixpool.records"] == {"mixpool"} and files["mixpool"] == {"mixpool.a.top"}
-    rooms = import_graph.room_graph(files)
-    assert rooms == {"__init__": {"a"}, "records": {"__init__"}, "a": {"b"}, "b": {"c"}, "c": {"b"}}
-    assert import_graph.circles(rooms) == [["b", "c"]]
-    assert import_graph.longest_chain(rooms) == ["records", "__init__", "a", "b=c"]
-    text = import_graph.report(checkout)
-    assert "arrows between rooms: 5" in text and "levels: 4 (records -> __init__ -> a -> b=c)" in text
-    assert "circles between rooms: 1" in text and "circles inside: 1" in text
-    assert "mixpool.a.side = mixpool.a.top" in text and "12 lines in 8 files, 5 rooms" in text
+    sources = import_graph.sources_of(checkout)
+    imports = import_graph.imports_of(sources)
+    assert imports["a/top.py"] == {"b/low.py", "b/__init__.py", "a/side.py"}
+    assert imports["c/deep/down.py"] == {"b/low.py"}, "a relative import"
+    assert imports["records.py"] == {"__init__.py"} and imports["__init__.py"] == {"a/top.py"}
+    places = import_graph.between_places(imports)
+    assert places == {"__init__.py": {"a"}, "records.py": {"__init__.py"}, "a": {"b"}, "b": {"c"}, "c": {"b"}}
+    assert import_graph.circles_of(places) == [["b", "c", "b"]]
+    assert import_graph.circles(imports) == [["a/side.py", "a/top.py", "a/side.py"]]
+    assert import_graph.levels(places) == {"b": 1, "c": 1, "a": 2, "__init__.py": 3, "records.py": 4}
+    lines = import_graph.report(sources).splitlines()
+    assert lines[:2] == [" 1  b                 3 lines, imports c", " 1  c                 2 lines, imports b"]
+    assert lines[5:] == [
+        "3 folders and 2 files beside them; 12 lines in 8 files",
+        "levels: 2 of folders, 4 with the files beside them",
+        "arrows: 3 between folders, 5 with the files beside them, 8 between all files",
+        "circles: 2",
+        "    b -> c -> b",
+        "    a/side.py -> a/top.py -> a/side.py",
+    ]
 
 
 def test_a_straight_line_has_no_circle(checkout):
     (checkout / "mixpool/c/deep/down.py").write_text("")
     (checkout / "mixpool/a/side.py").write_text("")
-    text = import_graph.report(checkout)
-    assert "circles between rooms: 0" in text and "circles inside: 0" in text and "levels: 5" in text
+    text = import_graph.report(import_graph.sources_of(checkout))
+    assert text.endswith("circles: 0") and "levels: 3 of folders, 5 with" in text
 
 
-def test_the_graph_of_this_checkout():
-    files = import_graph.file_graph(tables.ROOT)
-    assert "filters" in import_graph.room_graph(files)["ops"] and len(files) > 50
+def test_the_command_prints_the_graph_of_another_checkout(checkout, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["import_graph", "--folder", str(checkout)])
+    import_graph.main()
+    assert "12 lines in 8 files" in capsys.readouterr().out

@@ -13,10 +13,14 @@ from benchmarks.kit import stems, store
 from benchmarks.peers import run as peers
 from benchmarks.peers import stems as peer_stems
 from benchmarks.peers import tables as tables_peers
-from mixpool import BlurPoolStem, MixPoolStem, records
+from mixpool import MixPoolStem, records
 
 SMALL = stems.RESNET._replace(size=48, out_channels=8)
 SAME = tables_peers.SAME
+
+
+def blurpool_stem(parts: tuple) -> MixPoolStem:
+    return MixPoolStem(*parts, pooling="blurpool")
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def needs(name: str) -> None:
 
 
 def test_the_stems_of_timm_and_mixpool_are_one_function(parts):
-    ours = BlurPoolStem(*stems.stem_parts(SMALL))
+    ours = blurpool_stem(stems.stem_parts(SMALL))
     for name in ("timm BlurPool2d", "mixpool BlurPool"):
         found = peers.difference(ours, peer_stems.stem_of(name, parts), sizes=(48, 41))
         assert found.keys() == {"evaluation", "inside", "training", "gradient"}
@@ -48,7 +52,7 @@ def test_the_stems_of_timm_and_mixpool_are_one_function(parts):
 
 
 def test_stock_is_another_function(parts):
-    found = peers.difference(BlurPoolStem(*parts), peer_stems.stem_of("stock", parts), sizes=(48,))
+    found = peers.difference(blurpool_stem(parts), peer_stems.stem_of("stock", parts), sizes=(48,))
     assert min(found.values()) > 0.01
 
 
@@ -64,7 +68,7 @@ class ZeroBorderBlur(nn.Module):
 def test_a_difference_at_the_border_is_told_from_one_everywhere(parts):
     conv, norm, act, pool = parts
     other = nn.Sequential(conv, norm, act, peer_stems._behind(lambda channels: ZeroBorderBlur())(8, pool))
-    found = peers.difference(BlurPoolStem(*parts), other, sizes=(48,))
+    found = peers.difference(blurpool_stem(parts), other, sizes=(48,))
     assert found["inside"] < SAME < 0.01 < found["evaluation"]
     assert tables_peers._verdict(found) == "but for the border"
     assert tables_peers._verdict(found | {"inside": 1.0}) == "no"
@@ -73,13 +77,13 @@ def test_a_difference_at_the_border_is_told_from_one_everywhere(parts):
 def test_outputs_of_other_shapes_are_an_error(parts):
     conv, norm, act, _ = parts
     with pytest.raises(ValueError, match="one shape"):
-        peers.difference(BlurPoolStem(*parts), nn.Sequential(conv, norm, act), sizes=(48,))
+        peers.difference(blurpool_stem(parts), nn.Sequential(conv, norm, act), sizes=(48,))
 
 
 def test_packages_are_what_they_are_said_to_be(parts):
     needs("kornia")
     needs("antialiased_cnns")
-    ours = BlurPoolStem(*stems.stem_parts(SMALL))
+    ours = blurpool_stem(stems.stem_parts(SMALL))
     kornia, adobe, narrow = (
         peers.difference(ours, peer_stems.stem_of(name, parts), sizes=(48,))
         for name in ("kornia BlurPool2D", "antialiased_cnns BlurPool, 3 taps", "antialiased_cnns window 2, 3 taps")
@@ -126,9 +130,9 @@ def test_a_stem_has_its_own_parameters(parts):
 
 def test_cmod_swaps_the_channels_of_the_default(parts):
     swapped = peer_stems.is_swapped(parts)
-    cmod, auto = (peer_stems.stem_of(name, parts) for name in ("mixpool CMod, blur=1", "mixpool auto"))
-    assert [kind == "modulus" for kind in cmod.kinds] == [kind == "modulus" for kind in auto.kinds] == swapped
-    assert 0 < sum(swapped) < 8 and (cmod.blur, auto.blur) == (1, 3)
+    cmod, auto = (peer_stems.stem_of(name, parts) for name in ("mixpool CMod", "mixpool auto"))
+    assert [name == "cmod" for name in cmod.poolings] == [name == "modulus" for name in auto.poolings] == swapped
+    assert 0 < sum(swapped) < 8 and set(cmod.poolings) == {"max", "cmod"}
 
 
 def test_changes_are_by_direction_and_shift_over_all_and_over_the_swapped():
@@ -176,14 +180,14 @@ def test_cmod_takes_the_channels_that_the_default_conversion_takes():
 
     photos = peers.normalize(peers.demo_photos(99)[1][:2])
     found = {}
-    for name in ("mixpool auto", "mixpool CMod, blur=1"):
+    for name, pooling in (("mixpool auto", "modulus"), ("mixpool CMod", "cmod")):
         torch.manual_seed(0)
         model = squeezenet1_0().eval()
         model.features[0].weight.data = gabor_bank(96, 3, 7)
         count = peers.squeezenet_with(name, model, photos)
-        found[name] = (count, model.features[0].kinds)
-        assert model.features[0].blur == (1 if "blur=1" in name else 3)
-    assert found["mixpool auto"] == found["mixpool CMod, blur=1"] and 0 < found["mixpool auto"][0] < 96
+        found[name] = (count, [own == pooling for own in model.features[0].poolings])
+        assert set(model.features[0].poolings) == {"max", pooling}
+    assert found["mixpool auto"] == found["mixpool CMod"] and 0 < found["mixpool auto"][0] < 96
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -211,6 +215,17 @@ def test_a_measurement_outlives_a_run_without_the_package(tmp_path):
     assert [r.get("result") for r in kept] == [1.0]
     peers.keep(kept, record | {"result": 2.0})
     assert [r["result"] for r in records.read(tmp_path / "peers.jsonl")] == [2.0]
+
+
+def test_a_measurement_takes_the_place_of_version_0_1s(tmp_path):
+    kept = store.Store(tmp_path / "peers.jsonl")
+    old, other = (peers.about("peer_stability", "photos", name, None) for name in ("mixpool CMod, blur=1", "stock"))
+    for record in (old, other):
+        peers.keep(kept, record | {"result": 1.0})
+    peers.keep(kept, peers.about("peer_stability", "photos", "mixpool CMod", None, result=2.0))
+    assert {r["provider"]: r["result"] for r in kept} == {"stock": 1.0, "mixpool CMod": 2.0}
+    named = {r["provider"] for r in records.read(store.RECORDS / "peers.jsonl")}
+    assert set(peer_stems.EARLIER.values()) <= named and set(peer_stems.EARLIER) <= set(peer_stems.MIXPOOL)
 
 
 def test_costs_are_interleaved_with_stock(tmp_path, monkeypatch):

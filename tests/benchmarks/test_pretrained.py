@@ -79,24 +79,24 @@ def tiny(monkeypatch, photos, tmp_path):
 
 def test_the_channels_of_each_stem(tiny):
     stems = {name: converted_stems(benchmark.converted(tiny, name)).get("conv") for name in VARIANTS}
-    assert stems["stock"] is None and stems["blurpool"].num_modulus == 0
-    kinds = stems["mixpool"].kinds
-    assert 0 < stems["mixpool"].num_modulus < 16 and stems["cmod"].kinds == kinds == stems["mixpool_max_blur"].kinds
-    band_pass = analyze(tiny.build().conv).dc_share < 0.05
-    assert [kind == "modulus" for kind in stems["cmod_band_pass"].kinds] == band_pass.tolist()
-    assert stems["cmod_band_pass"].num_modulus > stems["cmod"].num_modulus
-    blurs = {name: (stem.blur, stem.max_blur) for name, stem in stems.items() if stem is not None}
-    assert blurs.pop("blurpool")[1] == 3
-    assert blurs == {"cmod": (1, 1), "cmod_band_pass": (1, 1), "mixpool": (3, 1), "mixpool_max_blur": (3, 3)}
+    assert stems["stock"] is None and set(stems["blurpool"].poolings) == {"blurpool"}
+    poolings = {name: stem.poolings for name, stem in stems.items() if stem is not None}
+    is_swapped = [name == "modulus" for name in poolings["mixpool"]]
+    assert 0 < sum(is_swapped) < 16 and set(poolings["mixpool"]) == {"max", "modulus"}
+    assert poolings["cmod"] == tuple("cmod" if swapped else "max" for swapped in is_swapped)
+    assert poolings["mixpool_rest_blurpool"] == tuple("modulus" if swapped else "blurpool" for swapped in is_swapped)
+    band_pass = (analyze(tiny.build().conv).dc_share < 0.05).tolist()
+    assert poolings["cmod_band_pass"] == tuple("cmod" if chosen else "max" for chosen in band_pass)
+    assert sum(band_pass) > sum(is_swapped)
 
 
 def test_without_images_channels_are_calibrated_as_convert_does_it(tiny):
     ours, by_convert = benchmark.converted(tiny, "cmod"), tiny.build()
-    convert(by_convert, blur=1)
+    convert(by_convert, pooling="cmod")
     x = torch.randn(2, 3, 32, 32)
     assert_same_bits("logits", ours(x), by_convert(x))
     uncalibrated = tiny.build()
-    convert(uncalibrated, blur=1, select=list(ours.conv.channel_plan.is_modulus))
+    convert(uncalibrated, select=ours.conv.poolings)
     assert not torch.equal(ours(x), uncalibrated(x))
 
 
@@ -112,7 +112,7 @@ def test_distillation_starts_from_the_calibrated_network(tiny, tmp_path, variant
     assert_same_bits("logits", end(x), start(x))
     first, last = (converted_stems(model).get("conv") for model in (start, end))
     if variant != "stock":
-        assert (first.blur, first.max_blur, first.kinds) == (last.blur, last.max_blur, last.kinds)
+        assert first.poolings == last.poolings
     if CALIBRATED in row.stages:
         assert not torch.equal(benchmark.network_at(row, ZERO_SHOT, tmp_path)[0](x), start(x))
 
@@ -171,6 +171,14 @@ def test_runs_and_their_table(tiny, tmp_path, monkeypatch):
     assert not benchmark.has_record(MIXED)
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         benchmark.run(MIXED, tmp_path)
+
+
+def test_the_queue_knows_what_version_0_1_recorded():
+    found = list(records.read(benchmark.RECORD))
+    assert any("blur" in (r["definition"]["convert"] or {}) for r in found)
+    for record in found:
+        assert benchmark.has_record(Row(record["network"], record["variant"], record["split"]))
+    assert not benchmark.has_record(Row("squeezenet", "mixpool", 99))
 
 
 def test_the_table_without_records(monkeypatch, tmp_path):

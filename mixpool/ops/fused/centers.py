@@ -31,8 +31,6 @@ def forward(
     x,  # (N, C_in, H, W)
     packed,  # of `packing.pack`
     channels,  # (n,) places of the kind's channels among all
-    scale,  # (C_out,) of the epilogue
-    shift,
     out,  # (N, C_out, P, Q); the kind's channels are written
     sums,  # (programs, 2, groups * GROUP): sums of nothing and of |z|^2
     n_channels,
@@ -66,8 +64,6 @@ def forward(
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
     WITH_SUMS: tl.constexpr,
-    AFFINE: tl.constexpr,
-    RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -75,9 +71,6 @@ def forward(
     channel = group * GROUP + tl.arange(0, GROUP)
     is_channel = channel < n_channels
     out_channel = channel if IDENTITY else tl.load(channels + channel, mask=is_channel, other=0).to(tl.int32)
-    if AFFINE:
-        gain = tl.load(scale + out_channel, mask=is_channel, other=0.0)[None, :]
-        offset = tl.load(shift + out_channel, mask=is_channel, other=0.0)[None, :]
     if WITH_SUMS:
         sum_2 = tl.zeros((BLOCK, GROUP), tl.float32)
     filters = load_slices(packed, group, DEPTH, N_COLUMNS, BLOCK_K)
@@ -102,10 +95,6 @@ def forward(
         if WITH_SUMS:
             sum_2 += tl.where(is_position, energy, 0.0)
         pooled = tl.sqrt(energy)
-        if AFFINE:
-            pooled = pooled * gain + offset
-        if RELU:
-            pooled = tl.maximum(pooled, 0.0, propagate_nan=NAN)
         target = offset_of(flat, P, Q, OUT_N, OUT_H, OUT_W)[:, None] + (out_channel * OUT_C)[None, :]
         is_written = is_position if EVEN else is_position & is_channel[None, :]
         tl.store(out + target, pooled.to(out.dtype.element_ty), mask=is_written)

@@ -43,7 +43,7 @@ def convolution_flops(x_shape, weight_shape, n_max: int, n_modulus: int, options
 # The counter passes shapes in place of tensors.
 
 
-def _forward_flops(x, weight, imag, max_index, modulus_index, scale, shift, *options, out_shape=None, **kwargs) -> int:
+def _forward_flops(x, weight, imag, max_index, modulus_index, *options, out_shape=None, **kwargs) -> int:
     return convolution_flops(x, weight, max_index[0], modulus_index[0], options[:5])
 
 

@@ -12,18 +12,14 @@ from mixpool.ops.geometry import ConvGeometry, PoolGeometry
 from mixpool.ops.reference import Group
 
 
-def aliases(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-
-
-def backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments) -> tuple[Tensor | None, ...]:
+def backward_of_reference(ctx, tensors, grad_pooled, grad_moments) -> tuple[Tensor | None, ...]:
     """The same gradients by plain PyTorch, differentiable again; it keeps what the kernels do not."""
     stride, padding, pool_padding, ceil_mode, blur = ctx.geometry
     names = ("max", "cmod" if blur == 1 else "modulus")
     groups = [Group(name, index) for name, index in zip(names, tensors[3:], strict=True) if len(index) > 0]
     with torch.enable_grad():
         # Aliases: V may be a function of W, whose gradient must not pass through V here and once more outside.
-        x, weight, weight_imag, scale, shift = aliases(*tensors[:3], scale, shift)
+        x, weight, weight_imag = (None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:3])
         parts = reference.convolve_and_pool(
             x.to(ctx.dtype),
             weight.to(ctx.dtype),
@@ -35,17 +31,16 @@ def backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments)
             with_moments=grad_moments is not None,
         )
         order = torch.cat([group.index for group in groups]).argsort()
-        pooled = torch.cat([part.values for part in parts], dim=1).index_select(1, order)
-        out = reference.affine(pooled, scale, shift)
-        outputs, upstream = [F.relu(out) if ctx.relu else out], [grad_pooled]
+        outputs = [torch.cat([part.values for part in parts], dim=1).index_select(1, order)]
+        upstream = [grad_pooled]
         if grad_moments is not None:
             rows = [torch.stack([part.moments.mean, part.moments.var]) for part in parts]
             outputs.append(torch.cat(rows, dim=1).index_select(1, order))
             upstream.append(grad_moments)
-        inputs = (x, weight, weight_imag, None, None, scale, shift)
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:7]) if needed]
+        inputs = (x, weight, weight_imag)
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:3]) if needed]
         found = torch.autograd.grad(outputs, [inputs[i] for i in wanted], upstream, create_graph=True)
-    grads = [None] * 16
+    grads = [None] * 13
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad
     return tuple(grads)

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixpool.ops.fused import affine, centers, moments, packing, windows, windows_backward
+from mixpool.ops.fused import centers, moments, packing, windows, windows_backward
 from mixpool.ops.fused.blocks import SMALLEST_SHARED_MEMORY, Blocks, blocks_for
 from mixpool.ops.fused.geometry import COLUMNS, StemGeometry
-from mixpool.ops.geometry import is_channels_last
 
 
 class Call(NamedTuple):
@@ -175,9 +174,6 @@ def forward(
     channels: Tensor,
     out: Tensor,
     *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    relu: bool = False,
     argmax: Tensor | None = None,
     pivot: Tensor | None = None,
     with_sums: bool = False,
@@ -192,8 +188,6 @@ def forward(
         "x": x,
         "packed": packed,
         "channels": channels,
-        "scale": x if scale is None else scale,  # not read then
-        "shift": x if shift is None else shift,
         "out": out,
         "n_channels": matrix.n_channels,
         **strides("X", x),
@@ -205,8 +199,6 @@ def forward(
         "IDENTITY": matrix.n_channels == out.shape[1],
         "BLOCK": blocks.rows,
         "WITH_SUMS": with_sums,
-        "AFFINE": scale is not None,
-        "RELU": relu,
         "PRECISION": precision(packed.dtype),
         "STAGES": blocks.stages,
     }
@@ -348,43 +340,3 @@ def _geometry_constants(geometry: StemGeometry, kind: str) -> dict[str, int]:
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is not less than n."""
     return 1 << (n - 1).bit_length()
-
-
-AFFINE_BLOCK = 4096  # values of a tile
-
-
-def affine_forward(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, relu: bool) -> Call:
-    arguments, tiles, channel_blocks = _affine_arguments(x, scale, shift, relu)
-    return Call(affine.forward, (tiles, channel_blocks), {**arguments, "out": out})
-
-
-def affine_backward(
-    x: Tensor, scale: Tensor, shift: Tensor, grad_out: Tensor, grad_x: Tensor, relu: bool
-) -> tuple[Call, Tensor]:
-    arguments, tiles, channel_blocks = _affine_arguments(x, scale, shift, relu)
-    programs = min(tiles, max(8 * multiprocessors(x.device) // channel_blocks, 1))
-    sums = x.new_empty((programs, 2, x.shape[1]), dtype=torch.float32)
-    arguments |= {"grad_out": grad_out, "grad_x": grad_x, "sums": sums}
-    return Call(affine.backward, (programs, channel_blocks), arguments), sums
-
-
-def _affine_arguments(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> tuple[dict[str, Any], int, int]:
-    n, channels, height, width = x.shape
-    # A tile is long where memory is: along channels, or along positions.
-    block_c = min(power_of_2(channels), 64) if is_channels_last(x) else 4
-    block = AFFINE_BLOCK // block_c
-    arguments = {
-        "x": x,
-        "scale": scale,
-        "shift": shift,
-        "n_channels": channels,
-        "n_positions": n * height * width,
-        "HW": height * width,
-        "X_N": x.stride(0),
-        "X_C": x.stride(1),
-        "X_P": x.stride(3),
-        "BLOCK": block,
-        "BLOCK_C": block_c,
-        "RELU": relu,
-    }
-    return arguments, -(-n * height * width // block), -(-channels // block_c)

@@ -1,7 +1,6 @@
-"""The fused stem as PyTorch sees it: two operators with their shapes, gradients and FLOPs. Light to import: no triton.
+"""The fused stem as PyTorch sees it: an operator with its shapes, gradients and FLOPs. Light to import: no triton.
 
     mixpool::convolve_and_pool    the pooled map of all channels, a maximum's place in its window (a byte), statistics
-    mixpool::affine_relu          act(scale x + shift) at pooled size
 
 Not written: the convolution's map, in ResNet's stem at batch 256 in bfloat16 411 MB, its normalised and activated
 copies, and max pooling's int64 indices. Kept for the backward pass: the images, the pooled map before the affine step,
@@ -10,8 +9,7 @@ and the bytes of the max channels; re and im are computed again.
 Every kernel is deterministic. Differentiating twice goes through the reference; `backend` sends calls there that need
 more (functorch, forward mode), and asks whether a call can run here at all. A pixel that is not finite reaches a window
 further than in the reference: a patch has taps of weight 0 beside the filter, and 0 * NaN is NaN. Moduli are exact
-between 1e-19 and 1e19, whose squares float32 holds. An epilogue comes before the one rounding of the output; with
-gradients the pooled map is rounded first, so both passes may differ by a unit in the last place.
+between 1e-19 and 1e19, whose squares float32 holds.
 """
 
 from __future__ import annotations
@@ -19,13 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixpool.ops.fused.affine_op import affine_relu, both_vectors
 from mixpool.ops.fused.flops import register_formulas
 from mixpool.ops.fused.geometry import Channels, StemGeometry, padded_places
 from mixpool.ops.fused.gradients import backward_of_reference, input_gradient
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry, memory_format_of
-
-__all__ = ["affine_relu", "convolve_and_pool"]
 
 
 def convolve_and_pool(
@@ -37,9 +32,6 @@ def convolve_and_pool(
     pool: PoolGeometry,
     *,
     blur: int,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    relu: bool = False,
     with_moments: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -50,9 +42,6 @@ def convolve_and_pool(
         weight: (C_out, C_in, k, k), sign of the affine scale folded in.
         weight_imag: (n_modulus, C_in, k, k), or None if no channel takes the modulus.
         channels, conv, pool, blur: as in the reference.
-        scale, shift: (C_out,) of an epilogue scale * pooled + shift, for passes without gradients: a backward pass
-            through it has to compute the pooled map again. Call `affine_relu` where gradients will be needed.
-        relu: whether a ReLU follows the epilogue.
         with_moments: also return batch statistics.
         dtype: of the products and of the output; default that of `x`. float32 means TF32 on a GPU.
     Returns:
@@ -61,23 +50,18 @@ def convolve_and_pool(
             channels), or None. Both outputs are differentiable in `x`, `weight` and `weight_imag`.
     """
     register_formulas()
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, weight_imag, scale, shift)
-    )
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, weight_imag))
     pooled, _, moments = torch.ops.mixpool.convolve_and_pool(
         x,
         weight,
         weight_imag,
         channels.max,
         channels.modulus,
-        scale,
-        shift,
         conv.stride[0],
         conv.padding[0],
         pool.padding[0],
         pool.ceil_mode,
         blur,
-        relu,
         with_moments,
         needs_grad and len(channels.max) > 0,
         x.dtype if dtype is None else dtype,
@@ -96,7 +80,7 @@ _FILTERS = "Tensor x, Tensor weight, Tensor? weight_imag, Tensor max_index, Tens
 @torch.library.custom_op(
     "mixpool::convolve_and_pool",
     mutates_args=(),
-    schema=f"({_FILTERS}, Tensor? scale, Tensor? shift, {_GEOMETRY}, bool relu, bool with_moments, bool with_argmax, "
+    schema=f"({_FILTERS}, {_GEOMETRY}, bool with_moments, bool with_argmax, "
     "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
 )
 def _convolve_and_pool(
@@ -105,14 +89,11 @@ def _convolve_and_pool(
     weight_imag: Tensor | None,
     max_index: Tensor,
     modulus_index: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
     stride: int,
     padding: int,
     pool_padding: int,
     ceil_mode: bool,
     blur: int,
-    relu: bool,
     with_moments: bool,
     with_argmax: bool,
     dtype: torch.dtype,
@@ -121,8 +102,6 @@ def _convolve_and_pool(
 
     geometry = _geometry(x, weight, stride, padding, pool_padding, ceil_mode)
     pooled, argmax, moments = _outputs(x, weight, max_index, geometry, with_moments, with_argmax, dtype)
-    if scale is not None or shift is not None:
-        scale, shift = both_vectors(scale, shift)
     purpose = "training" if with_argmax or with_moments else "inference"
     with torch.cuda.device_of(x):
         for kind, channels, imag in _kinds(max_index, modulus_index, weight_imag, blur):
@@ -137,9 +116,6 @@ def _convolve_and_pool(
                 packed,
                 channels,
                 pooled,
-                scale=scale,
-                shift=shift,
-                relu=relu,
                 argmax=argmax if kind == "max" and with_argmax else None,
                 pivot=pivot,
                 with_sums=with_moments,
@@ -158,14 +134,11 @@ def _(
     weight_imag,
     max_index,
     modulus_index,
-    scale,
-    shift,
     stride,
     padding,
     pool_padding,
     ceil_mode,
     blur,
-    relu,
     with_moments,
     with_argmax,
     dtype,
@@ -209,17 +182,17 @@ def _kinds(max_index: Tensor, modulus_index: Tensor, weight_imag: Tensor | None,
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    x, weight, weight_imag, max_index, modulus_index, scale, shift, *options = inputs
+    x, weight, weight_imag, max_index, modulus_index, *options = inputs
     _, argmax, moments = output
-    ctx.save_for_backward(x, weight, weight_imag, max_index, modulus_index, scale, shift, argmax, moments)
-    *ctx.geometry, ctx.relu, ctx.with_moments, ctx.with_argmax, ctx.dtype = options
+    ctx.save_for_backward(x, weight, weight_imag, max_index, modulus_index, argmax, moments)
+    *ctx.geometry, ctx.with_moments, ctx.with_argmax, ctx.dtype = options
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_pooled, _, grad_moments):
-    """Gradients of x, weight, weight_imag, scale and shift."""
-    x, weight, weight_imag, max_index, modulus_index, scale, shift, argmax, moments = ctx.saved_tensors
-    grads = [None] * 16
+    """Gradients of x, weight and weight_imag."""
+    x, weight, weight_imag, max_index, modulus_index, argmax, moments = ctx.saved_tensors
+    grads = [None] * 13
     if grad_pooled is None and grad_moments is None:
         return tuple(grads)
     if not ctx.with_moments:
@@ -229,22 +202,12 @@ def _backward(ctx, grad_pooled, _, grad_moments):
         grad_pooled = torch.zeros((x.shape[0], weight.shape[0], *shape), dtype=ctx.dtype, device=x.device)
     tensors = (x, weight, weight_imag, max_index, modulus_index)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: these gradients need theirs
-        return backward_of_reference(ctx, tensors, scale, shift, grad_pooled, grad_moments)
+        return backward_of_reference(ctx, tensors, grad_pooled, grad_moments)
     grad_pooled = grad_pooled.contiguous(memory_format=memory_format_of(x))
-    has_epilogue = scale is not None or shift is not None or ctx.relu
-    if has_epilogue or (max_index.shape[0] > 0 and not ctx.with_argmax):  # the pass was recorded without gradients
-        pooled, argmax, moments = torch.ops.mixpool.convolve_and_pool(
-            *tensors, None, None, *ctx.geometry, False, ctx.with_moments, max_index.shape[0] > 0, ctx.dtype
+    if max_index.shape[0] > 0 and not ctx.with_argmax:  # the pass was recorded without gradients
+        _, argmax, moments = torch.ops.mixpool.convolve_and_pool(
+            *tensors, *ctx.geometry, ctx.with_moments, True, ctx.dtype
         )
-        if has_epilogue:
-            given = (scale, shift)
-            if scale is None and shift is None:
-                shift = torch.zeros(weight.shape[:1], dtype=torch.float32, device=x.device)
-            scale, shift = both_vectors(scale, shift)
-            grad_pooled, *of_vectors = torch.ops.mixpool.affine_relu_backward(
-                grad_pooled, pooled, scale, shift, ctx.relu
-            )
-            grads[5:7] = (None if vector is None else grad for vector, grad in zip(given, of_vectors, strict=True))
     needs_x, needs_weight, needs_imag = ctx.needs_input_grad[:3]
     of_tensors = torch.ops.mixpool.convolve_and_pool_backward(
         grad_pooled,

@@ -47,8 +47,6 @@ def forward(
     x,  # (N, C_in, H, W)
     packed,  # of `packing.pack`
     channels,  # (n,) places of the kind's channels among all
-    scale,  # (C_out,) of the epilogue
-    shift,
     out,  # (N, C_out, P, Q); the kind's channels are written
     argmax,  # (N, n rounded up, P, Q) int8: 3 row + column of the maximum in its window, the first one in that order
     pivot,  # (C_out,) about which sums of y are taken
@@ -96,8 +94,6 @@ def forward(
     STRIP: tl.constexpr,  # cells that a program walks down
     WITH_ARGMAX: tl.constexpr,
     WITH_SUMS: tl.constexpr,
-    AFFINE: tl.constexpr,
-    RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -109,9 +105,6 @@ def forward(
     channel = group * GROUP + tl.arange(0, GROUP)
     is_channel = channel < n_channels
     out_channel = channel if IDENTITY else tl.load(channels + channel, mask=is_channel, other=0).to(tl.int32)
-    if AFFINE:
-        gain = tl.load(scale + out_channel, mask=is_channel, other=0.0)[None, :]
-        offset = tl.load(shift + out_channel, mask=is_channel, other=0.0)[None, :]
     filters = load_slices(packed, group, DEPTH, N_COLUMNS, BLOCK_K)
 
     lane = tl.arange(0, BLOCK)
@@ -205,10 +198,6 @@ def forward(
                 else:
                     pooled = carry_left + 2.0 * at_center + at_right
                     pooled = pooled * inverse_weight(p, q, CONV_H, CONV_W, POOL_PADDING)[:, None]
-                if AFFINE:
-                    pooled = pooled * gain + offset
-                if RELU:
-                    pooled = tl.maximum(pooled, 0.0, propagate_nan=NAN)
                 is_written = is_output[:, None] if EVEN else is_output[:, None] & is_channel[None, :]
                 target = (image * OUT_N + p * OUT_H + q * OUT_W)[:, None] + (out_channel * OUT_C)[None, :]
                 tl.store(out + target, pooled.to(out.dtype.element_ty), mask=is_written)
