@@ -183,7 +183,7 @@ def open_images(
         class_map: name of a class -> its number among the model's outputs, or a .txt of one name per line in their
             order. Without it the sorted names are numbered.
         limit: how many images; None for all.
-        download: whether a torch/ dataset that is not there may be downloaded.
+        download: whether a torch/, hfids/ or tfds/ dataset that is not there may be downloaded.
     Raises:
         FileNotFoundError: there is no such folder or file.
         ValueError: the dataset cannot be opened; the message says why.
@@ -206,7 +206,7 @@ def open_images(
     # That reader wants to know a length, for training schedules; an evaluation reads to the end all the same.
     length = {"num_samples": limit or 1} if kind == "hfids" else {}
     try:
-        found = create_dataset(dataset, root=str(root), split=split, class_map=names, **length)
+        found = create_dataset(dataset, root=str(root), split=split, class_map=names, download=download, **length)
     except (Exception, SystemExit) as error:  # assertions, import errors, the hubs' own kinds
         raise ValueError(f"cannot open {dataset or root} ({type(error).__name__}: {short(error)})") from error
     reader = getattr(found, "reader", None)

@@ -69,6 +69,20 @@ def test_a_dataset_that_cannot_be_reached(photos, tmp_path, monkeypatch):
         set_up(options(photos, tmp_path, dataset="hfds/nothing", data_dir="nowhere"), CPU, 0, 1)
 
 
+def test_a_dataset_may_be_downloaded_where_it_is_asked_for(photos, tmp_path, monkeypatch):
+    asked = []
+
+    def create(*args, download, **options):
+        asked.append(download)
+        raise RuntimeError("no network here")
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    for wanted in (False, True):
+        with pytest.raises(ValueError, match="no network here"):
+            set_up(options(photos, tmp_path, dataset="torch/cifar10", dataset_download=wanted), CPU, 0, 1)
+    assert asked == [False, True]
+
+
 def test_the_learning_rate_follows_the_images_per_update():
     def rate(*text: str, world_size: int = 1) -> float:
         return learning_rate(parse(text), world_size)
