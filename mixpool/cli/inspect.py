@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mixpool.evaluation.photos import Photos
 
 HELP = "which channels of a model's stem would be swapped, and why"
-DESCRIPTION = """Convert a model in memory and print the plan: each channel's kind, its numbers, the reason.
+DESCRIPTION = """Convert a model in memory and print the plan: each channel's pooling, its numbers, the reason.
 With --images also how well the modulus stands in for max pooling (fid: their correlation)
 and how often the converted model still says the same. Nothing is written but the plot."""
 EXAMPLES = """examples:
