@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.theory.gap_parts import GapParts, gap_parts, gap_sums
+from benchmarks.theory.translated import translated
 from mixpool import records
-from mixpool.evaluation.shifts import DIRECTIONS, shifted_crop, translated
+from mixpool.evaluation.shifts import DIRECTIONS, shifted_crop
 from mixpool.filters.packets import DTCWPT, PacketFilters, dtcwpt_filters
 from mixpool.filters.theory import expected_gap, max_shift_change, modulus_shift_bound
 from mixpool.selection.compare import Comparison, PoolingStats, pool_both, resample

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
         )
     folder = writable_folder(options.output)
 
-    from mixpool.evaluation.demo import POOLINGS, SHIFTS, SIZE, run_demo
+    from mixpool.evaluation.demo import SIZE, run_demo
     from mixpool.evaluation.demo_plot import plot_demo
     from mixpool.evaluation.photos import demo_photos
     from mixpool.figures import save_figure
@@ -48,22 +48,12 @@ def run(options: argparse.Namespace) -> None:
     )
     print(result.table())
 
-    curves = {pooling: result.mean_change(pooling) for pooling in POOLINGS}
-    figure = plot_demo(
-        result.photo,
-        result.kernel,
-        result.maps,
-        curves,
-        SHIFTS,
-        title=_headline(curves["mixpool"][0], curves["max pooling"][0]),
-        subtitle=(
-            f"The stem of {name} with {weights}: {result.report.num_complex} of {len(result.report.poolings)} channels "
-            f"on modulus pooling. {result.num_photos} photos. The maps show one ordinary channel."
-        ),
-        channel=result.channel,
-        num_swapped=result.report.num_complex,
+    title = _headline(*(result.mean_change(pooling)[0] for pooling in ("mixpool", "max pooling")))
+    subtitle = (
+        f"The stem of {name} with {weights}: {result.report.num_complex} of {len(result.report.poolings)} channels "
+        f"on modulus pooling. {result.num_photos} photos. The maps show one ordinary channel."
     )
-    print(f"\npicture: {save_figure(figure, folder / 'demo.png')}")
+    print(f"\npicture: {save_figure(plot_demo(result, title, subtitle), folder / 'demo.png')}")
 
 
 def _headline(ours: float, stock: float) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mixpool.evaluation.photos import Photos
 
 HELP = "which channels of a model's stem would be swapped, and why"
-DESCRIPTION = """Convert a model in memory and print the plan: each channel's kind, its numbers, the reason.
+DESCRIPTION = """Convert a model in memory and print the plan: each channel's pooling, its numbers, the reason.
 With --images also how well the modulus stands in for max pooling (fid: their correlation)
 and how often the converted model still says the same. Nothing is written but the plot."""
 EXAMPLES = """examples:
@@ -66,8 +66,8 @@ def report_as_dict(report: ConversionReport, options: argparse.Namespace, photos
         "fidelity": [None] * len(plan.poolings) if plan.fidelity is None else _or_none(plan.fidelity),
     }
     channels = [
-        {"channel": i, "kind": kind, "reason": reason, **{name: column[i] for name, column in columns.items()}}
-        for i, (kind, reason) in enumerate(zip(plan.poolings, plan.reasons, strict=True))
+        {"channel": i, "pooling": pooling, "reason": reason, **{name: column[i] for name, column in columns.items()}}
+        for i, (pooling, reason) in enumerate(zip(plan.poolings, plan.reasons, strict=True))
     ]
     return {
         "mixpool_version": mixpool.__version__,

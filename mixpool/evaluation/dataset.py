@@ -12,9 +12,7 @@ import importlib.util
 import io
 import os
 import re
-import struct
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +21,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from mixpool.evaluation.photos import SUFFIXES, UnreadableImage, short, with_eight_bits
+from mixpool.evaluation.photos import SUFFIXES, UnreadableImage, damage_named, short, with_eight_bits
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,21 +32,6 @@ FOLDER_NAMES = ("", "folder", "imagefolder", "image_folder")
 KINDS = ("torch", "hfds", *STREAMS)
 _PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets"}
 _SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # what timm takes for one
-# What Pillow's decoders and the archives raise on damaged files, SyntaxError included (broken PNG chunks).
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    ZeroDivisionError,
-    MemoryError,
-    struct.error,
-    tarfile.TarError,
-    zlib.error,
-)
-
 Failure = tuple[str, str]  # name of an image, and why it cannot be used
 
 
@@ -102,7 +85,7 @@ class Images:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """An image as RGB and its class; UnreadableImage if it is missing, damaged or of a depth beyond 8 bits."""
-        with _damage_named(self.name(index)):
+        with damage_named():
             reader = getattr(self.dataset, "reader", None)
             if reader is None:
                 image, label = self.dataset[index]
@@ -150,7 +133,7 @@ class Stream(IterableDataset):
                 if item is None:
                     return
                 try:
-                    with _damage_named("image"):
+                    with damage_named():
                         entry = (_as_rgb(item[0]), _class_number(item[1]))
                 except UnreadableImage as error:
                     entry = (str(error), -1)
@@ -200,7 +183,7 @@ def open_images(
         class_map: name of a class -> its number among the model's outputs, or a .txt of one name per line in their
             order. Without it the sorted names are numbered.
         limit: how many images; None for all.
-        download: whether a torch/ dataset that is not there may be downloaded.
+        download: whether a torch/, hfids/ or tfds/ dataset that is not there may be downloaded.
     Raises:
         FileNotFoundError: there is no such folder or file.
         ValueError: the dataset cannot be opened; the message says why.
@@ -223,7 +206,7 @@ def open_images(
     # That reader wants to know a length, for training schedules; an evaluation reads to the end all the same.
     length = {"num_samples": limit or 1} if kind == "hfids" else {}
     try:
-        found = create_dataset(dataset, root=str(root), split=split, class_map=names, **length)
+        found = create_dataset(dataset, root=str(root), split=split, class_map=names, download=download, **length)
     except (Exception, SystemExit) as error:  # assertions, import errors, the hubs' own kinds
         raise ValueError(f"cannot open {dataset or root} ({type(error).__name__}: {short(error)})") from error
     reader = getattr(found, "reader", None)
@@ -280,18 +263,6 @@ def check_classes(images: Images | Stream, num_outputs: int) -> None:
 
 
 # --- reading one image ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _damage_named(name: str) -> Iterator[None]:
-    from PIL import Image
-
-    try:
-        yield
-    except UnreadableImage:
-        raise
-    except (*_DAMAGED, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{type(error).__name__}: {short(error)}") from error
 
 
 def _open(reader: Any, index: int) -> tuple[Any, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +12,13 @@ from mixpool.conversion.convert import convert
 from mixpool.conversion.find import FoundStem, find_stem
 from mixpool.conversion.report import ConversionReport
 from mixpool.evaluation.photos import demo_photos, normalize
-from mixpool.evaluation.shifts import relative_change, shifted_crop
+from mixpool.evaluation.shifts import change_curve, shifted_crop
 from mixpool.filters.gabor import gabor_bank
 from mixpool.stem.module import MixPoolStem
 
 SIZE = 224  # pixels, side of the crops that the stems see
 SHIFTS = (1, 2, 3, 4, 5, 6, 7, 8)
+SHOWN = (1, 2, 3, 4, 6, 8)  # in the table
 MARGIN = max(SHIFTS)
 PICTURE_PHOTO = "chelsea"  # the photo in the picture; the numbers are those of all photos
 POOLINGS = ("max pooling", "BlurPool", "CMod (no blur)", "mixpool")
@@ -30,7 +30,7 @@ class DemoResult:
 
     Attributes:
         report: of the conversion.
-        changes: pooling -> (len(SHIFTS), C) change of each channel at each shift; see `stability`.
+        changes: pooling -> (len(SHIFTS), C) change of each channel at each shift; see `evaluation.shifts`.
         photo: (3, SIZE, SIZE) in [0, 1], the photo of the picture.
         channel: the swapped channel of the picture: of those that respond to the photo, the one whose gain is typical.
         kernel: (I, kH, kW) its complex kernel W + iV.
@@ -55,17 +55,16 @@ class DemoResult:
         changes = self.changes[pooling]
         return (changes[:, self.is_complex] if swapped_only else changes).nanmean(dim=1).tolist()
 
-    def table(self, shifts: Iterable[int] = (1, 2, 3, 4, 6, 8)) -> str:
+    def table(self) -> str:
         """The mean changes as text: the swapped channels, then all of them."""
-        shifts = tuple(shifts)
         width = max(len(name) for name in POOLINGS) + 2
         lines = []
         for swapped_only, count in ((True, int(self.is_complex.sum())), (False, len(self.is_complex))):
             head = f"{'swapped' if swapped_only else 'all'} {count}"
-            lines.append(f"{head:<{width}}" + "".join(f"{shift:>5} px" for shift in shifts))
+            lines.append(f"{head:<{width}}" + "".join(f"{shift:>5} px" for shift in SHOWN))
             for name in POOLINGS:
                 values = self.mean_change(name, swapped_only)
-                lines.append(f"  {name:<{width}}" + "".join(f"{values[SHIFTS.index(k)]:8.3f}" for k in shifts)[2:])
+                lines.append(f"  {name:<{width}}" + "".join(f"{values[SHIFTS.index(k)]:8.3f}" for k in SHOWN)[2:])
             lines.append("")
         return "\n".join(lines[:-1])
 
@@ -96,17 +95,7 @@ def run_demo(model: nn.Module, *, gabor: bool, track=lambda steps, total: steps)
         )
     stems = _stems(parts, report, model.get_submodule(found.conv))
 
-    changes: dict[str, list[Tensor]] = {name: [] for name in POOLINGS}
-    steps = [(name, shift) for name in POOLINGS for shift in (0, *SHIFTS)]
-    for name, shift in track(steps, len(steps)):
-        with torch.no_grad():
-            out = stems[name](shifted_crop(images, SIZE, shift))
-        if shift == 0:
-            before = out
-        else:
-            changes[name].append(relative_change(before, out))
-    curves = {name: torch.stack(values) for name, values in changes.items()}
-
+    curves = {name: change_curve(stems[name], images, SIZE, SHIFTS) for name in track(POOLINGS, len(POOLINGS))}
     image = images[names.index(PICTURE_PHOTO)][None]
     with torch.no_grad():
         outputs = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mixpool.evaluation.demo import POOLINGS, SHIFTS, DemoResult
 from mixpool.figures import (
     MAX_COLOR,
     MODULUS_COLOR,
@@ -28,30 +29,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def plot_demo(
-    photo: Tensor,
-    kernel: Tensor,
-    maps: Mapping[str, tuple[Tensor, Tensor]],
-    curves: Mapping[str, Sequence[float]],
-    shifts: Sequence[int],
-    *,
-    title: str,
-    subtitle: str,
-    channel: int,
-    num_swapped: int,
-) -> Figure:
+def plot_demo(result: DemoResult, title: str, subtitle: str) -> Figure:
     """The picture at the top of the README: one photo, one filter, two poolings before and after one pixel, the curves.
 
     Args:
-        photo: (3, H, W) in [0, 1].
-        kernel: (I, kH, kW) complex kernel W + iV of the channel that is shown.
-        maps: two poolings, max pooling first: name -> (map of the photo, map of the photo moved by one pixel), each
-            (H_out, W_out).
-        curves: pooling -> change at each shift; "mixpool" is drawn strongest.
-        shifts: pixels, one per value of a curve.
-        title, subtitle: lines on top.
-        channel: number of the channel that is shown.
-        num_swapped: how many channels the curves average over.
+        result: what is drawn; title, subtitle: lines on top.
     """
     figure = blank_figure(DEMO_WIDTH, DEMO_HEIGHT)
     for text, y, style in (
@@ -59,9 +41,9 @@ def plot_demo(
         (subtitle, DEMO_HEIGHT - 0.58, {"size": 9, "color": MUTED}),
     ):
         figure.text(0.02, y / DEMO_HEIGHT, text, va="center", **style)
-    _draw_input(figure, photo, kernel, channel)
-    _draw_maps(figure, maps)
-    _draw_curves(inch_axes(figure, 7.50, 0.52, 2.35, 2.93), curves, shifts, num_swapped)
+    _draw_input(figure, result.photo, result.kernel, result.channel)
+    _draw_maps(figure, result.maps)
+    _draw_curves(inch_axes(figure, 7.50, 0.52, 2.35, 2.93), result)
     return figure
 
 
@@ -94,18 +76,18 @@ def _draw_maps(figure: Figure, maps: Mapping[str, tuple[Tensor, Tensor]]) -> Non
         figure.text((left - 0.14) / DEMO_WIDTH, (bottom + side / 2) / DEMO_HEIGHT, name, color=color, **style)
 
 
-def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[float]], shifts: Sequence[int], num_swapped: int) -> None:
+def _draw_curves(axes: Axes, result: DemoResult) -> None:
     others = iter(OTHER_COLORS)
     fixed = {"max pooling": MAX_COLOR, "mixpool": MODULUS_COLOR}
     markers = iter("s^Do")
-    for name, curve in curves.items():
+    for name in POOLINGS:
         color = fixed.get(name) or next(others)
         width = 2.6 if name == "mixpool" else 1.5
         style = {"color": color, "lw": width, "marker": next(markers, "o"), "ms": 3.8, "clip_on": False}
-        axes.plot([0, *shifts], [0, *curve], label=name, **style)
-    axes.set(xlim=(0, max(shifts) + 0.15), ylim=(0, None), xticks=[0, *shifts])
+        axes.plot([0, *SHIFTS], [0, *result.mean_change(name)], label=name, **style)
+    axes.set(xlim=(0, max(SHIFTS) + 0.15), ylim=(0, None), xticks=[0, *SHIFTS])
     axes.set_xlabel("shift (px)", size=9.5, labelpad=2)
-    axes.set_title(f"change, mean of {num_swapped} channels", size=10, pad=18, **TEXT)
+    axes.set_title(f"change, mean of {result.report.num_complex} channels", size=10, pad=18, **TEXT)
     axes.text(0.5, 1.025, "rms change / std, all photos", transform=axes.transAxes, ha="center", size=8.5, color=MUTED)
     plain_axes(axes)
     axes.legend(loc="lower right", fontsize=9, frameon=False, labelspacing=0.35, borderaxespad=0.1, handlelength=1.6)

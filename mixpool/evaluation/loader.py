@@ -70,9 +70,9 @@ class _Prepared(Dataset):
         name = self.images.name(index)
         try:
             image, label = self.images.read(index)
-            return Place(index, rank), name, label, *_prepared(image, self.views)
         except UnreadableImage as error:
             return name, str(error).replace(f"'{name}'", name)
+        return _sample(Place(index, rank), name, image, label, self.views)
 
 
 class _PreparedStream(IterableDataset):
@@ -81,22 +81,15 @@ class _PreparedStream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple]:
         for rank, (name, image, label) in enumerate(self.images):
-            if isinstance(image, str):
-                sample = (name, image)
-            else:
-                try:
-                    sample = (Place(rank, rank), name, label, *_prepared(image, self.views))
-                except UnreadableImage as error:
-                    sample = (name, str(error))
-            yield sample
+            is_failure = isinstance(image, str)
+            yield (name, image) if is_failure else _sample(Place(rank, rank), name, image, label, self.views)
 
 
-def _prepared(image: Image.Image, views: Sequence[View]) -> tuple[int, list[np.ndarray]]:
-    """The checksum of a picture, and the bytes of each view."""
+def _sample(place: Place, name: str, image: Image.Image, label: int, views: Sequence[View]) -> tuple:
     try:
-        return zlib.crc32(np.asarray(image)), [view(image) for view in views]
+        return place, name, label, zlib.crc32(np.asarray(image)), [view(image) for view in views]
     except Exception as error:  # of one picture among thousands, whatever it is: it should be known by its name
-        raise UnreadableImage(f"cannot be cropped: {type(error).__name__}: {short(error)}") from error
+        return name, f"cannot be cropped: {type(error).__name__}: {short(error)}"
 
 
 class _Collate:

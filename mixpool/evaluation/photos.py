@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +35,9 @@ DEMO_FILES = (
     "moon.png",
     "grass.png",
 )
+# What Pillow's decoders and the archives raise on damaged files, SyntaxError included (broken PNG chunks).
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, ZeroDivisionError, MemoryError)
+DAMAGED += (struct.error, tarfile.TarError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def load_images(directory: str | Path, size: int, limit: int | None = None, *, c
             names.append(name)
             enlarged += [name] * is_enlarged
         except UnreadableImage as error:
-            failed.append((name, str(error)))
+            failed.append((name, str(error).replace(str(path), path.name)))
     if not images:
         name, reason = failed[0]
         raise ValueError(f"none of the {len(failed)} files in {directory} can be read as an image; {name}: {reason}")
@@ -131,6 +138,19 @@ class UnreadableImage(ValueError):
     """A file is no image, or is damaged."""
 
 
+@contextmanager
+def damage_named() -> Iterator[None]:
+    """What goes wrong with an image comes out as UnreadableImage."""
+    from PIL import Image
+
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"{type(error).__name__}: {short(error)}") from error
+
+
 def with_eight_bits(image: Image.Image) -> Image.Image:
     """The picture itself; UnreadableImage if it has more than 8 bits per pixel."""
     if image.mode.startswith(("I", "F")):  # Pillow would clip these to white instead of scaling them
@@ -147,14 +167,8 @@ def _load(path: Path, short_side: int, size: int) -> tuple[Tensor, bool]:
     """(3, size, size) in [0, 1]: upright, RGB, shorter side resized, centre cropped; and whether it was enlarged."""
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(with_eight_bits(file)).convert("RGB")
-    except UnreadableImage:
-        raise
-    # Pillow's decoders raise all of these on damaged files, SyntaxError included (broken PNG chunks).
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{type(error).__name__}: {error}".replace(str(path), path.name)) from error
+    with damage_named(), Image.open(path) as file:
+        image = ImageOps.exif_transpose(with_eight_bits(file)).convert("RGB")
     return _to_tensor(_resize_and_crop(image, short_side, size)), min(image.size) < short_side
 
 

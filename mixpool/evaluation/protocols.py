@@ -91,27 +91,22 @@ class Consistency:
     Attributes:
         size: side of the crops, pixels.
         group: images that share their offsets; 1: none do.
-        draws: pairs of crops per image, 5 in his runs; the values are their means.
     """
 
     size: int
     group: int = 1
-    draws: int = 1
+    num_frames = 2
     is_normalized = True
 
     @property
     def view(self) -> SquareView:
         return SquareView(self.size + margin(self.size))
 
-    @property
-    def num_frames(self) -> int:
-        return 2 * self.draws
-
     def offsets(self, place: Place, seed: int) -> np.ndarray:
         """(frames, 2) offsets (y, x) of an image's crops, 0 to 31; of a small one 0 to its margin."""
         stream, number = (_CONSISTENCY, place.index) if self.group == 1 else (_SHARED, place.rank // self.group)
         count = MARGIN if self.size >= SMALL else margin(self.size) + 1  # Zhang's randint(32) leaves the last one out
-        return _draw((seed, stream, number), 2 * self.num_frames, count).reshape(-1, 2)
+        return _draw((seed, stream, number), 4, count).reshape(2, 2)
 
     def frames(self, images: Tensor, places: Sequence[Place], seed: int) -> Iterator[Tensor]:
         offsets = [self.offsets(place, seed) for place in places]
@@ -121,9 +116,8 @@ class Consistency:
 
     def measure(self, outputs: Iterator[Tensor], labels: Tensor) -> dict[str, Tensor]:
         """shift_consistency or shift_consistency_shared: (N,) shares."""
-        classes = [logits.argmax(dim=1) for logits in outputs]
-        same = [shift_consistency(*pair).double() for pair in zip(classes[::2], classes[1::2], strict=True)]
-        return {"shift_consistency" + ("" if self.group == 1 else "_shared"): torch.stack(same).mean(dim=0)}
+        same = shift_consistency(*(logits.argmax(dim=1) for logits in outputs))
+        return {"shift_consistency" + ("" if self.group == 1 else "_shared"): same}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ class Metric(NamedTuple):
     label: str
     unit: str
     axes: tuple[tuple[str, ...], ...] = ()
-    higher_is_better: bool = True
 
 
 _BY_PIXELS, _BY_HALF_PIXELS = (tuple(DIRECTIONS), _PIXELS), (tuple(DIRECTIONS), _HALF_PIXELS)
@@ -37,11 +36,11 @@ METRICS = {
     "shift_consistency": Metric("shift consistency", "%"),
     "shift_consistency_shared": Metric("shift consistency, shared offsets", "%"),
     "circular_consistency": Metric("circular consistency", "%"),
-    "flip_probability": Metric("flips", "%", _BY_PIXELS, False),
-    "flip_probability_raw": Metric("flips, not normalised", "%", _BY_PIXELS, False),
-    "kl": Metric("KL", "nats", _BY_HALF_PIXELS, False),
-    "kl_raw": Metric("KL, not normalised", "nats", _BY_HALF_PIXELS, False),
-    "stem_change": Metric("stem change", "std", _BY_PIXELS, False),
+    "flip_probability": Metric("flips", "%", _BY_PIXELS),
+    "flip_probability_raw": Metric("flips, not normalised", "%", _BY_PIXELS),
+    "kl": Metric("KL", "nats", _BY_HALF_PIXELS),
+    "kl_raw": Metric("KL, not normalised", "nats", _BY_HALF_PIXELS),
+    "stem_change": Metric("stem change", "std", _BY_PIXELS),
 }
 
 

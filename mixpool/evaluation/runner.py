@@ -73,15 +73,7 @@ class Runner:
     def probe(self) -> int:
         """How many classes the model has, from a forward pass of one gray image."""
         gray = torch.full((1, 3, self.wanted.size, self.wanted.size), 128, dtype=torch.uint8, device=self.where)
-        try:
-            logits = self.run(self.model, gray, is_normalized=True)
-        except RuntimeError as error:
-            shape = tuple(gray.shape)
-            raise ValueError(f"the model does not run on images {shape}: {short(error)}") from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
-            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"expected a model that returns logits (N, classes), got {what} for one image")
-        return logits.shape[1]
+        return logits_of(lambda images: self.run(self.model, images, is_normalized=True), gray).shape[1]
 
     def run(self, forward: Callable[[Tensor], Tensor], frame: Tensor, is_normalized: bool) -> Tensor:
         # ToTensor and Normalize, operation by operation.
@@ -110,6 +102,22 @@ class Runner:
     def advice(self) -> str:
         """What may help where outputs are not finite."""
         return "" if self.amp is None else f" under autocast to {self.amp}; try another dtype or none"
+
+
+def logits_of(classifier: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """What a classifier says of a few images, (N, classes).
+
+    Raises:
+        ValueError: it cannot take them, or its output is something else.
+    """
+    try:
+        out = classifier(images)
+    except RuntimeError as error:
+        raise ValueError(f"the model does not run on images {tuple(images.shape)}: {short(error)}") from error
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"expected a classifier, whose output is (N, classes), got {shape} for {tuple(images.shape)}")
+    return out
 
 
 def are_logits(out: Tensor) -> Tensor:

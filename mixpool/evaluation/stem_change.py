@@ -107,13 +107,7 @@ def find_stem_of(model: nn.Module) -> tuple[Callable[[Tensor], Tensor] | None, s
     if getattr(norm, "act", None) is not found.act_module:  # else the norm layer applies it already
         parts.append(found.act_module)
     parts += [pool, None if found.blur is None else found.modules[found.blur]]
-
-    def run(x: Tensor) -> Tensor:
-        for part in parts:
-            x = x if part is None else part(x)
-        return x
-
-    return run, f"stem: {found}"
+    return nn.Sequential(*(part for part in parts if part is not None)), f"stem: {found}"
 
 
 def _inside(maps: Tensor) -> Tensor:

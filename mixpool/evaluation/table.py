@@ -66,10 +66,10 @@ def _letters(count: int) -> list[str]:
 def _cell(record: Record, name: str, path: tuple[str, ...], is_difference: bool = False) -> str:
     if name not in record["summary"]:
         return "-"
-    value, (low, high) = record["summary"][name], (record["ci95"][name] if not path else (None, None))
-    if path:
-        value = record["summary"][name][path[0]][path[1]]
-        low, high = record["ci95"][name][path[0]][path[1]]
+    value, ends = record["summary"][name], record["ci95"][name]
+    for step in path:
+        value, ends = value[step], ends[step]
+    low, high = ends
     digits = _DECIMALS[METRICS[name].unit]
     sign = "+" if is_difference else ""
     star = "*" if is_difference and not low <= 0 <= high else ""

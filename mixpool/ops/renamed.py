@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-_NOW = {
+# Keyword -> what to write for a value of it.
+SPELLED_NOW = {
     "blur": lambda value: 'pooling="cmod"' if value == 1 else 'pooling="modulus"',
     "max_blur": lambda value: 'rest="blurpool"' if value == 3 else 'rest="max"',
     "imag": lambda value: (
@@ -28,8 +29,8 @@ def refuse_old(function: str, keywords: dict[str, Any], **now: str) -> None:
     for name, value in keywords.items():
         if name in now:
             spelling = now[name]
-        elif name in _NOW:
-            spelling = _NOW[name](value)
+        elif name in SPELLED_NOW:
+            spelling = SPELLED_NOW[name](value)
         else:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
         raise TypeError(f"{function}() has no {name}= any more; instead of {name}={value!r} write {spelling}")

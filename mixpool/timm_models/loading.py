@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mixpool.conversion.convert import convert
 from mixpool.conversion.stock import converted_stems
-from mixpool.timm_models.model import OLD_KEYWORDS
+from mixpool.ops.renamed import SPELLED_NOW
 
 TORCHVISION = "torchvision/"
 HUBS = ("hf_hub:", "hf-hub:", "local-dir:")
@@ -68,8 +68,8 @@ class Checkpoint:
         settings = self.settings or {}
         found = {argument: settings.get(option) for option, argument in BUILT_WITH.items()}
         arguments = {argument: value for argument, value in found.items() if value is not None}
-        # Poolings of version 0.1: the state's plan says them.
-        own = {key: value for key, value in (settings.get("model_kwargs") or {}).items() if key not in OLD_KEYWORDS}
+        # What version 0.1 called the poolings is left out: the state's plan says them.
+        own = {key: value for key, value in (settings.get("model_kwargs") or {}).items() if key not in SPELLED_NOW}
         return self.arch if self.arch.startswith("mixpool_") else name, arguments | own
 
 
@@ -163,26 +163,6 @@ def load_model(
     return model.eval()
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = True) -> Checkpoint:
-    """Load a stock checkpoint into a model, every key of it, and return what the file held.
-
-    Args:
-        path: a .safetensors file, or a file of torch.save (only tensors and plain values are unpickled), which may
-            hold the state in an entry, of which the moving average comes first (`state_dict_ema`, `model_ema`,
-            `state_dict`, `model`), and its keys under `module.` or `_orig_mod.`.
-        use_ema: take the moving average of the weights, if the file has one; as timm does.
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file cannot be read, or its keys or shapes are not the model's.
-    """
-    checkpoint = read_checkpoint(path, use_ema=use_ema)
-    plans = [key for key in checkpoint.state if key.rpartition(".")[2] == "plan"]
-    if plans:
-        raise ValueError(f"{path} holds a converted model ({plans[0]}); give the stock checkpoint it was made from")
-    _load_stock(model, checkpoint)
-    return checkpoint
-
-
 def _load_stock(model: nn.Module, checkpoint: Checkpoint) -> None:
     state, expected = checkpoint.state, model.state_dict()
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
@@ -205,8 +185,13 @@ def _load_stock(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> Checkpoint:
-    """What a file of weights holds; see `load_checkpoint`.
+    """What a file of weights holds.
 
+    Args:
+        path: a .safetensors file, or a file of torch.save (only tensors and plain values are unpickled), which may
+            hold the state in an entry, of which the moving average comes first (`state_dict_ema`, `model_ema`,
+            `state_dict`, `model`), and its keys under `module.` or `_orig_mod.`.
+        use_ema: take the moving average of the weights, if the file has one; as timm does.
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file cannot be read, or holds no state dict.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from mixpool.evaluation.photos import short
+from mixpool.evaluation.runner import logits_of
 from mixpool.selection.images import evaluating
 
 MIB = 2**20
@@ -25,14 +25,8 @@ def count_outputs(model: nn.Module, images: Tensor) -> int:
     Raises:
         ValueError: its output is no (N, classes) table of finite numbers.
     """
-    try:
-        with evaluating(model):
-            out = model(images)
-    except RuntimeError as error:
-        raise ValueError(f"the model cannot take images {tuple(images.shape)}: {short(error)}") from error
-    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
-        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"expected a classifier, whose output is (N, classes), got {shape} for {tuple(images.shape)}")
+    with evaluating(model):
+        out = logits_of(model, images)
     if not torch.isfinite(out).all():
         raise ValueError("the model's outputs on the first images are not finite: are the weights damaged?")
     return out.shape[1]

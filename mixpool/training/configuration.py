@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixpool.ops.renamed import SPELLED_NOW
 from mixpool.training.options import GROUPS, OPTIONS, TIMM_ONLY, Option
 
 
@@ -45,6 +46,7 @@ def complete(given: Mapping[str, Any]) -> argparse.Namespace:
     settings |= {name: value for name, value in given.items() if name in OPTIONS}
     settings["config"] = config
     _check_ranges(settings)
+    _check_renamed(settings)
     return argparse.Namespace(**settings)
 
 
@@ -187,6 +189,16 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         raise ValueError("expected restart, which forgets, or resume, which continues, got both")
     if settings["convert_images"] and settings["convert"] is None:
         raise ValueError("expected `convert` beside convert_images, which says on how many images to select channels")
+
+
+def _check_renamed(settings: dict[str, Any]) -> None:
+    """Refuse keywords of version 0.1 now: the model itself would do so after the data set was opened."""
+    arguments = dict(settings["convert"] or {})
+    if settings["model"].startswith("mixpool_"):
+        arguments |= settings["model_kwargs"]
+    for name in arguments.keys() & SPELLED_NOW.keys():
+        value = arguments[name]
+        raise ValueError(f"{name} is a word of version 0.1: instead of {name}={value} write {SPELLED_NOW[name](value)}")
 
 
 def _copy(value: Any) -> Any:

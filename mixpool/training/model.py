@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mixpool.conversion.convert import convert, revert
 from mixpool.conversion.stock import converted_stems
 from mixpool.evaluation.photos import IMAGENET_MEAN, IMAGENET_STD
-from mixpool.timm_models.loading import create_model, is_timm_model, load_checkpoint, one_line, read_checkpoint
+from mixpool.timm_models.loading import is_timm_model, load_model, one_line, read_checkpoint
 
 
 def build_model(options) -> nn.Module:
@@ -94,10 +94,8 @@ def _torchvision_model(options) -> nn.Module:
     if unused or options.model_kwargs:
         given = ", ".join([*unused, *(["model_kwargs"] if options.model_kwargs else [])])
         raise ValueError(f"{options.model!r} is a model of torchvision, which does not take {given}")
-    model = create_model(options.model, pretrained=options.pretrained, num_classes=options.num_classes)
-    if options.initial_checkpoint:
-        load_checkpoint(model, options.initial_checkpoint)
-    return model
+    file = options.initial_checkpoint or None
+    return load_model(options.model, file, pretrained=options.pretrained, num_classes=options.num_classes)
 
 
 def convert_as_asked(model: nn.Module, options, training_images: Callable[[int], Tensor]):

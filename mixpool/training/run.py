@@ -91,7 +91,9 @@ def set_up(options, device: torch.device, rank: int, world_size: int) -> Run:
     Raises:
         ValueError, FileNotFoundError: data, classes, model, weights or options do not fit; the message says which.
     """
-    seed_everything(options.seed, rank=0)  # the same weights on all processes
+    from timm.utils import random_seed
+
+    random_seed(options.seed, rank=0)  # the same weights on all processes
     train_set, val_set = open_splits(options)
     model = build_model(options)
     data_config = _data_config(options, model)
@@ -124,7 +126,7 @@ def set_up(options, device: torch.device, rank: int, world_size: int) -> Run:
     if world_size > 1:
         device_ids = [device] if device.type == "cuda" else None
         task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not options.no_ddp_bb)
-    seed_everything(options.seed, rank)
+    random_seed(options.seed, rank)
     return Run(
         options=options,
         device=device,
@@ -153,12 +155,6 @@ def _slow_half_precision(dtype: torch.dtype) -> list[str]:
         return []
     name = str(dtype).removeprefix("torch.")
     return [f"warning: this CPU computes {name} {slowdown:.0f} times as slowly as float32; --no-amp would be faster"]
-
-
-def seed_everything(seed: int, rank: int) -> None:
-    from timm.utils import random_seed
-
-    random_seed(seed, rank)
 
 
 def experiment_name(options) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def train(options) -> dict[str, Any]:
     options.device = found["device"]
     try:
         run = set_up(options, torch.device(options.device), found["global_rank"], found["world_size"])
-        log = _log if run.is_primary else _say_nothing
+        log = partial(print, flush=True) if run.is_primary else lambda text: None
         for fact in run.facts:
             log(fact)
         if options.dry_run:
@@ -164,14 +165,6 @@ def _mean_loss(run: Run) -> float:
 
 def _shown(found: dict[str, float]) -> str:
     return f"loss {found['loss']:.4f}, top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %"
-
-
-def _log(text: str) -> None:
-    print(text, flush=True)
-
-
-def _say_nothing(text: str) -> None:
-    pass
 
 
 def _check_timm() -> None:

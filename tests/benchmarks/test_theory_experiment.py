@@ -11,8 +11,8 @@ from support import assert_close
 from benchmarks.theory import experiment as experiments
 from benchmarks.theory.experiment import run_experiment, smallest_photo
 from benchmarks.theory.tables import summary_rows, summary_text
+from benchmarks.theory.translated import translated
 from mixpool import records
-from mixpool.evaluation.shifts import translated
 from mixpool.filters.packets import DTCWPT, dtcwpt_filters
 from mixpool.selection.compare import PoolingStats
 

@@ -25,12 +25,12 @@ def test_module_and_version():
 def test_help_and_errors_do_not_import_the_heavy_packages():
     script = (
         "import sys, mixpool.cli as cli\n"
-        "assert cli.main(['inspect', 'resnet18', '--blur', '2']) == 2\n"
+        "assert cli.main(['inspect', 'resnet18', '--rest', 'mean']) == 2\n"
         "print(sorted({'matplotlib', 'timm', 'torchvision', 'skimage', 'rich'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done
-    assert done.stderr.startswith("mixpool: error: argument --blur") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("mixpool: error: argument --rest") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [(), ("demo",), ("inspect",), ("convert",), ("evaluate",), ("train",)])
@@ -91,6 +91,8 @@ def test_errors_are_one_line(checkpoint, tmp_path, fails):
         (["inspect", STOCK, "--select", "some"], "--select auto, all, none or channel numbers"),
         (["inspect", STOCK, "--select", "0,96"], "channels 0 to 95, got 96"),
         (["inspect", STOCK, "--stem", "nothing"], "nothing"),
+        (["inspect", STOCK, "--pooling", "max"], "argument --pooling: invalid choice: 'max'"),
+        (["inspect", STOCK, "--blur", "1"], "unrecognized arguments: --blur 1"),
         (["inspect", STOCK, "--limit", "-3"], "--limit"),
         (["inspect", STOCK, "--plot", tmp_path / "x.xyz"], r"\*\.png"),
         (["inspect", "torchvision/mobilenet_v2"], "features.0.0"),

@@ -15,35 +15,35 @@ from mixpool.cli.convert import write_safetensors
 STOCK = "torchvision/squeezenet1_0"
 
 
-@pytest.mark.parametrize("imag", ["tied", "free"])
-def test_convert_writes_what_a_converted_model_loads(imag, checkpoint, tmp_path, capsys, gabor_squeezenet):
+@pytest.mark.parametrize("pooling, rest", [("energy", "blurpool"), ("cmod", "max")])
+def test_convert_writes_what_a_converted_model_loads(pooling, rest, checkpoint, tmp_path, capsys, gabor_squeezenet):
     output = tmp_path / "mixed.safetensors"
-    arguments = ["convert", STOCK, "--checkpoint", checkpoint, "--output", output, "--imag", imag, "--blur", "1"]
+    arguments = ["convert", STOCK, "--checkpoint", checkpoint, "--output", output, "--pooling", pooling, "--rest", rest]
     assert main([str(argument) for argument in arguments]) == 0
     assert str(output) in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [output]  # nothing half-written stays behind
 
     converted = gabor_squeezenet()
     converted.load_state_dict(load_file(checkpoint))
-    report = mixpool.convert(converted, imag=imag, blur=1)
+    report = mixpool.convert(converted, pooling=pooling, rest=rest)
     with safe_open(output, "pt") as file:
         metadata = file.metadata()
     assert metadata == {
         "model": STOCK,
-        "blur": "1",
-        "max_blur": "1",
-        "imag": imag,
+        "pooling": pooling,
+        "rest": rest,
         "select": "auto",
         "stem": "",
-        "num_modulus": str(report.num_modulus),
+        "num_complex": str(report.num_complex),
         "mixpool_version": mixpool.__version__,
     }
     fresh = torchvision.models.squeezenet1_0().eval()  # other weights, so another plan of its own
-    mixpool.convert(fresh, imag=imag)
+    mixpool.convert(fresh)
     fresh.load_state_dict(load_file(output))
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         assert torch.equal(fresh(images), converted(images))
+    assert set(fresh.features[0].poolings) == {pooling, rest}
 
 
 def test_convert_with_images_keeps_the_calibration(checkpoint, noise_photos, tmp_path, capsys):

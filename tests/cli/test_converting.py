@@ -17,12 +17,12 @@ STOCK = "torchvision/squeezenet1_0"
 
 
 def test_options_reach_convert(checkpoint, capsys):
-    options = ["--select", "0,4,10-12", "--blur", "1", "--max-blur", "3", "--imag", "free", "--stem", "features.0"]
+    options = ["--select", "0,4,10-12", "--pooling", "cmod", "--rest", "blurpool", "--stem", "features.0"]
     assert main(["inspect", STOCK, "--checkpoint", str(checkpoint), "--json", *options]) == 0
     report = json.loads(capsys.readouterr().out)
-    swapped = [channel["channel"] for channel in report["channels"] if channel["kind"] == "modulus"]
+    swapped = [channel["channel"] for channel in report["channels"] if channel["pooling"] == "cmod"]
     assert swapped == [0, 4, 10, 11, 12]
-    assert (report["blur"], report["max_blur"], report["imag"]) == (1, 3, "free")
+    assert report["poolings"] == {"blurpool": 91, "cmod": 5} and report["num_complex"] == 5
 
 
 def test_random_weights_are_announced(capsys):

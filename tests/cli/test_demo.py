@@ -12,9 +12,7 @@ from mixpool.cli import main
 def test_demo_measures_and_draws(tmp_path, monkeypatch, capsys):
     from mixpool.evaluation import demo
 
-    # As the real one, smaller.
-    monkeypatch.setattr(demo, "SIZE", 96)
-    monkeypatch.setattr(demo, "SHIFTS", (1, 2, 3, 4, 6, 8))
+    monkeypatch.setattr(demo, "SIZE", 96)  # as the real one, smaller
     assert main(["demo", "--output", str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out
     with Image.open(tmp_path / "new" / "demo.png") as image:

@@ -21,7 +21,20 @@ def test_the_file_and_the_command_line_reach_the_training(tmp_path, monkeypatch)
         (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1 (see mixpool --help)"),
         (["--batch-size", "0"], "expected batch_size to be 1 or more, got 0"),
         (["-c", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--model", "mixpool_resnet18", "--model-kwargs", "max_blur=3"], 'of max_blur=3 write rest="blurpool"'),
+        (
+            ["--model", "mixpool_resnet18", "--model-kwargs", "select=all", "blur=3"],
+            'of blur=3 write pooling="modulus"',
+        ),
+        (["--model", "mixpool_resnet18", "--model-kwargs", "imag=tied"], "of imag=tied write nothing: the imaginary"),
+        (["--model", "resnet18", "--convert", "blur=1"], 'of blur=1 write pooling="cmod"'),
+        (["--model", "resnet18", "--convert", "imag=free"], "free imaginary filters were less accurate"),
     ],
 )
 def test_errors_are_one_line(arguments, message, fails):
     assert message in fails("train", *arguments)
+
+
+def test_a_file_with_keywords_of_earlier_versions(tmp_path, fails):
+    (tmp_path / "c.yaml").write_text("model: mixpool_resnet18\nmodel_kwargs: {num_bank: 24, blur: 1}\n")
+    assert 'instead of blur=1 write pooling="cmod"' in fails("train", "-c", tmp_path / "c.yaml")

@@ -93,7 +93,7 @@ def test_halving_is_pils_to_the_bit(function):
 
 
 def test_consistency_takes_the_crops_at_its_offsets():
-    protocol = Consistency(LARGE, draws=2)
+    protocol = Consistency(LARGE)
     place = Place(index=5, rank=2)
     found = corners(protocol.frames(numbered(LARGE + 32), [place], seed=1))
     assert found == [tuple(offset) for offset in protocol.offsets(place, 1).tolist()] and len(set(found)) > 1
@@ -178,10 +178,10 @@ def test_top_5_only_with_six_classes_or_more():
     assert list(Accuracy(SquareView(8)).measure(iter([logits_of([0, 2], 5)]), labels)) == ["top1"]
 
 
-def test_consistency_is_the_mean_over_its_draws():
-    outputs = [logits_of(classes) for classes in ([1, 1], [1, 2], [3, 3], [3, 3])]
-    measured = Consistency(SIZE, draws=2).measure(iter(outputs), torch.zeros(2))
-    assert measured["shift_consistency"].tolist() == [1, 0.5]
+@pytest.mark.parametrize("group, name", [(1, "shift_consistency"), (8, "shift_consistency_shared")])
+def test_consistency_is_of_both_crops(group, name):
+    measured = Consistency(SIZE, group).measure(iter([logits_of([1, 1]), logits_of([1, 2])]), torch.zeros(2))
+    assert {key: values.tolist() for key, values in measured.items()} == {name: [True, False]}
 
 
 def test_flips_by_direction_and_distance():

@@ -47,7 +47,7 @@ def test_half_precision():
 
 
 def test_models_that_are_no_classifiers():
-    with pytest.raises(ValueError, match=r"logits \(N, classes\), got \(1, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"whose output is \(N, classes\), got \(1, 3, 32, 32\)"):
         run(nn.Identity(), noise(1), "flips")
     with pytest.raises(ValueError, match="does not run on images"):
         run(nn.Conv2d(4, 1, 1), noise(1), "flips")

@@ -37,17 +37,17 @@ def stock(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(("imag", "suffix"), [("tied", "safetensors"), ("free", "pth")])
-def test_a_converted_checkpoint_gives_the_converted_model(tmp_path, imag, suffix):
+@pytest.mark.parametrize(("pooling", "suffix"), [("cmod", "safetensors"), ("energy", "pth")])
+def test_a_converted_checkpoint_gives_the_converted_model(tmp_path, pooling, suffix):
     model = model_of()
-    convert(model, imag=imag, blur=1)
+    convert(model, pooling=pooling)
     path = tmp_path / f"mixed.{suffix}"
     save_file(model.state_dict(), path) if suffix == "safetensors" else torch.save(model.state_dict(), path)
     loaded = load_model(NAME, path, num_classes=2)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x))
-    assert isinstance(loaded.conv1, MixPoolStem) and loaded.conv1.num_modulus > 0 and not loaded.training
+    assert isinstance(loaded.conv1, MixPoolStem) and pooling in loaded.conv1.poolings and not loaded.training
     revert(loaded)
     assert isinstance(loaded.conv1, nn.Conv2d)
 
@@ -62,7 +62,7 @@ def test_a_registered_mixpool_model_takes_both_kinds_of_checkpoint(tmp_path, kin
         convert(model, select="all")
         save_file(model.state_dict(), tmp_path / "weights.safetensors")
     loaded = load_model(f"mixpool_{NAME}", tmp_path / "weights.safetensors", num_classes=2)
-    assert loaded.conv1.num_modulus == model.conv1.num_modulus > 0
+    assert loaded.conv1.poolings == model.conv1.poolings and model.conv1.num_complex > 0
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), model(x))
@@ -74,6 +74,16 @@ def test_a_converted_checkpoint_of_another_model(tmp_path):
     save_file(model.state_dict(), tmp_path / "mixed.safetensors")
     with pytest.raises(ValueError, match="mixed.safetensors does not fit resnet34"):
         load_model("resnet34", tmp_path / "mixed.safetensors", num_classes=2)
+
+
+def test_free_imaginary_filters_are_refused(tmp_path):
+    """Such a file of version 0.1 is not loaded without them: the network would be another one."""
+    model = model_of()
+    convert(model, pooling="cmod")
+    torch.save({**model.state_dict(), "conv1.weight_imag": model.conv1.weight}, tmp_path / "free.pth")
+    for name in (NAME, f"mixpool_{NAME}"):
+        with pytest.raises(ValueError, match="free.pth does not fit .*weight_imag .*no free imaginary filters"):
+            load_model(name, tmp_path / "free.pth", num_classes=2)
 
 
 def training_checkpoint(path, model, average=None, arch=NAME, **settings):
@@ -111,6 +121,23 @@ def test_other_arguments_of_the_training(tmp_path):
     assert same_outputs(load_model(f"{arch}.a1_in1k", path), model)
     with pytest.raises(ValueError, match="does not fit"):
         load_model(arch, path, num_classes=5)
+
+
+@pytest.mark.parametrize(
+    "old, poolings",
+    [
+        ({"max_blur": 3, "blur": 1, "imag": "tied"}, ["cmod", "blurpool"] * 32),
+        ({"blur": 3, "num_bank": 24, "aa_layer": "blur"}, ["modulus", "max"] * 32),
+    ],
+)
+def test_a_checkpoint_of_a_training_with_version_0_1(old, poolings, tmp_path):
+    """Its model_kwargs name what now are poolings; the plan says them, and the other arguments still count."""
+    arch = f"mixpool_{NAME}"
+    model = timm.create_model(arch, num_classes=2, select=poolings, aa_layer=old.get("aa_layer")).eval()
+    path = training_checkpoint(tmp_path / "old.pth.tar", model, arch=arch, num_classes=2, model_kwargs=old)
+    for name in (arch, NAME):
+        loaded = load_model(name, path)
+        assert loaded.conv1.poolings == tuple(poolings) and same_outputs(loaded, model)
 
 
 def test_every_weight_of_torchvision_is_resized_as_it_says():

@@ -110,7 +110,7 @@ def test_the_commands_of_the_header_are_understood(config, monkeypatch):
 def test_the_stock_variant_has_no_modulus(config):
     options = parse(["-c", str(config), *variant(config), "--no-pretrained"])
     assert options.experiment == f"{config.stem}_stock"
-    assert all(stem.num_modulus == 0 for stem in converted_stems(build_model(options)).values())
+    assert all(stem.num_complex == 0 for stem in converted_stems(build_model(options)).values())
 
 
 @EVERY_CONFIG
@@ -181,7 +181,7 @@ def test_dry_run(config, request, stock_weights, tmp_path, monkeypatch, capsys):
     code = dry_run(config, request.getfixturevalue("cifar" if is_cifar else "imagenet"), *more)
     out, err = capsys.readouterr()
     assert code == 0, err
-    assert re.search(r"stem .*: [1-9]\d* of 64 channels on modulus pooling", out), out
+    assert re.search(r"stem .*: [1-9]\d* of 64 channels pool by a modulus", out), out
     assert f"it would train {settings['epochs']} epochs and write to output/{config.stem}" in out
     assert not (tmp_path / "output").exists()
 
@@ -258,7 +258,7 @@ def test_timm_script_builds_model_optimizer_and_schedule(config, stock_weights):
     args = timm_defaults(config)
     file = stock_weights(args.model) if args.pretrained else None
     model = build_as_timm(args, **({"pretrained_cfg_overlay": {"file": str(file)}} if file else {}))
-    assert sum(stem.num_modulus for stem in converted_stems(model).values()) > 0
+    assert sum(stem.num_complex for stem in converted_stems(model).values()) > 0
     if "alexnet" in config.stem:
         dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
         assert dropouts == [0.5, 0.5], "timm's default of no dropout takes none away"

@@ -40,7 +40,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ("lr: true", "expected lr to be a number, got True"),
         ("scale: 0.5", "expected scale to be 2 times a number, got 0.5"),
         ("scale: [0.1, 0.5, 1]", "expected scale to be 2 times a number"),
-        ("model_kwargs: blur=3", "expected model_kwargs to be a mapping"),
+        ("model_kwargs: rest=max", "expected model_kwargs to be a mapping"),
         ("clip_mode: norms", "expected clip_mode to be one of 'norm', 'value', 'agc'"),
         ("epochs:", "expected epochs to be an integer, got None"),
         ("lr: 0.1\nlr: 0.2", "lr given twice"),
@@ -66,9 +66,14 @@ def test_what_a_file_cannot_say(tmp_path, text, message):
         (["--opt-betas", "0.9"], "expected 2 arguments"),
         (["--on-error", "ignore"], "expected on_error to be 'raise' or 'skip'"),
         (["--learning-rate", "1"], "unrecognized arguments"),
-        (["--model-kwargs", "blur"], "expected NAME=VALUE"),
+        (["--model-kwargs", "rest"], "expected NAME=VALUE"),
         (["--convert-images", "10"], "expected `convert` beside convert_images"),
         (["--clip-mode", "x"], "invalid choice"),
+        (
+            ["--model", "mixpool_resnet18", "--model-kwargs", "max_blur=3"],
+            'instead of max_blur=3 write rest="blurpool"',
+        ),
+        (["--convert", "blur=1"], 'instead of blur=1 write pooling="cmod"'),
     ],
 )
 def test_what_the_command_line_cannot_say(arguments, message):
@@ -83,6 +88,10 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_pairs_on_the_command_line_have_the_values_of_yaml():
-    options = parse(["--model-kwargs", "blur=1", "imag=free", "aa_layer=null", "--convert", "select=[true, false]"])
-    assert options.model_kwargs == {"blur": 1, "imag": "free", "aa_layer": None}
+    options = parse(["--model-kwargs", "num_bank=24", "rest=max", "aa_layer=null", "--convert", "select=[true, false]"])
+    assert options.model_kwargs == {"num_bank": 24, "rest": "max", "aa_layer": None}
     assert options.convert == {"select": [True, False]}
+
+
+def test_other_models_may_have_arguments_of_these_names():
+    assert parse(["--model", "resnet18", "--model-kwargs", "blur=1"]).model_kwargs == {"blur": 1}

@@ -53,10 +53,10 @@ def test_a_file_of_published_weights_brings_its_classifier(photos, tmp_path, pub
 
 
 def test_a_stock_model_can_be_converted_with_training_images(photos, tmp_path, capsys):
-    common = {"model_kwargs": ("converted=false",), "convert": ("select=all", "blur=1"), "convert_images": 20}
+    common = {"model_kwargs": ("converted=false",), "convert": ("select=all", "pooling=cmod"), "convert_images": 20}
     run = set_up(options(photos, tmp_path, **common), CPU, 0, 1)
     (stem,) = converted_stems(run.model).values()
-    assert stem.num_modulus == 8 and stem.blur == 1 and bool((stem.calibration[:, 0] != 1).any())
+    assert stem.poolings == ("cmod",) * 8 and bool((stem.calibration[:, 0] != 1).any())
     assert "8 of 8" in run.facts[0]
 
 

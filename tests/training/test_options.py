@@ -7,7 +7,7 @@ from mixpool.training.options import GROUPS, OPTIONS, TIMM_ONLY
 
 
 def test_defaults_are_not_shared_between_runs():
-    parse([]).model_kwargs["blur"] = 1
+    parse([]).model_kwargs["num_bank"] = 1
     parse([]).decay_milestones.append(1)
     assert parse([]).model_kwargs == {} and parse([]).decay_milestones == OPTIONS["decay_milestones"].default
 

@@ -36,7 +36,10 @@ def test_a_cpu_without_half_precision_is_told(photos, tmp_path, monkeypatch, slo
         ({"distill": "stock"}, "expected trained weights for `distill: stock`"),
         ({"convert": ("select=all",)}, "is a converted model already"),
         ({"model_kwargs": ("converted=false",), "convert": ("colour=red",)}, "`convert` takes the arguments"),
-        ({"model_kwargs": ("converted=false",), "convert_images": 30, "convert": ("blur=3",)}, "expected 30 training"),
+        (
+            {"model_kwargs": ("converted=false",), "convert_images": 30, "convert": ("rest=blurpool",)},
+            "expected 30 training",
+        ),
         ({"device_modules": "no_such_module"}, "cannot import 'no_such_module'"),
         ({"opt": "newton"}, "cannot build the optimizer 'newton'"),
         ({"sched": "sudden"}, "invalid choice: 'sudden'"),
@@ -64,6 +67,20 @@ def test_a_dataset_that_cannot_be_reached(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("timm.data.create_dataset", unreachable)
     with pytest.raises(ValueError, match="cannot open hfds/nothing .ConnectionError: no route to host"):
         set_up(options(photos, tmp_path, dataset="hfds/nothing", data_dir="nowhere"), CPU, 0, 1)
+
+
+def test_a_dataset_may_be_downloaded_where_it_is_asked_for(photos, tmp_path, monkeypatch):
+    asked = []
+
+    def create(*args, download, **options):
+        asked.append(download)
+        raise RuntimeError("no network here")
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    for wanted in (False, True):
+        with pytest.raises(ValueError, match="no network here"):
+            set_up(options(photos, tmp_path, dataset="torch/cifar10", dataset_download=wanted), CPU, 0, 1)
+    assert asked == [False, True]
 
 
 def test_the_learning_rate_follows_the_images_per_update():

@@ -74,7 +74,7 @@ def test_a_run_learns_and_writes_what_it_says(photos, tmp_path, capsys):
     assert record["best"]["value"] == max(float(row["val_top1"]) for row in rows) > 25
     assert json.loads((folder / "record.jsonl").read_text())["final"] == record["final"]
     text = capsys.readouterr().out
-    assert "stem conv: 4 of 8 channels on modulus pooling" in text and "24 training and 9 validation images" in text
+    assert "stem conv: 4 of 8 channels pool by a modulus" in text and "24 training and 9 validation images" in text
 
 
 def test_the_best_checkpoint_gives_the_recorded_accuracy(photos, tmp_path):
