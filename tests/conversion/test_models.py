@@ -107,7 +107,7 @@ def input_of(name: str, images: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_convert_and_revert(name: str):
-    """In eval a stem that swaps nothing gives the stock model's bits under its keys, and so does the model after `revert`.
+    """In eval a stem that swaps nothing gives the stock model's bits under its keys, and so does the reverted model.
 
     One stem of each kind (parts that print alike) also trains as the stock stem does.
     """
