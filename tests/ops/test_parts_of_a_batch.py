@@ -208,8 +208,12 @@ def test_a_graph_for_many_sizes_has_no_parts(compiler, at_a_time):
     assert compiled.parts == seen and set(seen) == {1}, "one graph for all"
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("memory_format", "dynamic"),
+    [(torch.contiguous_format, True), (torch.channels_last, False), (torch.channels_last, True)],
+    ids=str,
+)
 def test_every_pooling_compiled_in_parts(memory_format, dynamic, compiler, at_a_time):
     stem, x = stem_of(EVERY), images(5, memory_format=memory_format)
     with torch.no_grad():
