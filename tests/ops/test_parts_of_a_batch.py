@@ -184,6 +184,7 @@ def compiler(monkeypatch):
 ENERGY = ("energy", "modulus") * 3 + ("energy",)  # one convolution for all of them
 
 
+@pytest.mark.slow
 def test_a_graph_for_one_size_has_few_parts(compiler, at_a_time):
     """More than four would make the graph long."""
     stem, x = stem_of(ENERGY), images(8)
@@ -195,6 +196,7 @@ def test_a_graph_for_one_size_has_few_parts(compiler, at_a_time):
             assert compiled.parts == [parts], count
 
 
+@pytest.mark.slow
 def test_a_graph_for_many_sizes_has_no_parts(compiler, at_a_time):
     stem = stem_of(ENERGY)
     at_a_time(2, ENERGY)
