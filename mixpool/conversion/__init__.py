@@ -2,7 +2,8 @@
 
 find       the stem in a model, by data flow
 stock      the stock modules and state dicts behind a converted stem
-convert    the replacement, all or nothing, and its way back
+swap       the steps of the replacement, each with its way back; placeholders where the parts were
+convert    the replacement, all or nothing, and `revert`
 report     what it did
 initialize a filter bank for training from scratch
 """

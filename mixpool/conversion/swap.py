@@ -70,6 +70,12 @@ class Placeholder(nn.Module):
             self.part.train(mode)
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Placeholder:
+        """`bn1.float()`, `bn1.to(...)`; where the whole model moves, the norm layer has moved already."""
+        if self._part in _WHERE:
+            self.part._apply(fn, recurse)
+        return self
+
     def requires_grad_(self, requires_grad: bool = True) -> Placeholder:
         self.part.requires_grad_(requires_grad)
         return self

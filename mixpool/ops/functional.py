@@ -25,7 +25,7 @@ from mixpool.ops.reference import (
     convolve_and_pool,
     groups_of,
 )
-from mixpool.ops.renamed import refuse_old
+from mixpool.ops.renamed import name_for_each, refuse_old
 
 MAX_PARTS = 4  # of a batch in a compiled graph, which holds the operators of each
 MAP_BYTES = 20 * 2**20  # of a convolution's map that is computed at a time, on a CPU and without gradients
@@ -133,7 +133,7 @@ def mixpool2d(
         >>> tuple(out.shape)
         (2, 4, 7, 7)
     """
-    refuse_old("mixpool2d", old, max_blur='pooling=["blurpool", ...], a name for each channel')
+    refuse_old("mixpool2d", old, max_blur=name_for_each)
     if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"expected x (N, C, H, W) and weight (C_out, C, kH, kW), got {x.shape=} and {weight.shape=}")
     groups = groups_of(check_poolings(pooling, len(weight)), weight.device)

@@ -153,7 +153,8 @@ def _convolved(x, weight, bias, weight_imag, groups, conv, pool) -> list[Tensor]
         first_imag += count if is_complex else 0
         filters.append(_filters_of(group, weight, bias, imag))
     convolutions = [POOLINGS[group.pooling].convolve or convolve for group in groups]
-    if needs_gradient(x, weight, bias, weight_imag):  # its backward pass would have to join the groups' gradients
+    # A backward pass would have to join the groups' gradients, and torch.jit.trace checks its graph without any.
+    if needs_gradient(x, weight, bias, weight_imag) or torch.jit.is_tracing():
         return [convolution(x, *own, conv, pool) for convolution, own in zip(convolutions, filters, strict=True)]
     for convolution in dict.fromkeys(convolutions):
         members = [i for i, own in enumerate(convolutions) if own is convolution]

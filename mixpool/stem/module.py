@@ -17,7 +17,7 @@ from mixpool.ops.geometry import ConvGeometry, check_pool
 from mixpool.ops.modes import in_functorch, needs_gradient, of_nobody, without_autocast
 from mixpool.ops.norm import normalize, sign_of_scale, uses_batch_statistics
 from mixpool.ops.reference import POOLINGS, Group, check_poolings, convolve_and_pool
-from mixpool.ops.renamed import refuse_old
+from mixpool.ops.renamed import name_for_each, refuse_old
 from mixpool.stem.parts import check_act, check_norm, check_parts, describe, pool_geometry, without_hooks
 from mixpool.stem.state import Structure, decode_poolings, encode, is_readable, structure_of, structure_of_batch
 
@@ -80,7 +80,7 @@ class MixPoolStem(nn.Module):
     ) -> None:
         super().__init__()
         chosen = "pooling=, a name or a list of names (convert and initialize choose by the filters)"
-        refuse_old("MixPoolStem", old, select=chosen, images=chosen, calibrated=chosen)
+        refuse_old("MixPoolStem", old, select=chosen, images=chosen, calibrated=chosen, max_blur=name_for_each)
         pool = nn.MaxPool2d(3, 2, 1) if pool is None else pool
         act = act if act is not None else getattr(norm, "act", None) or nn.Identity()
         check_parts(conv, norm, act, pool)
@@ -113,24 +113,20 @@ class MixPoolStem(nn.Module):
 
         Args:
             pooling: a name of `ops.reference.POOLINGS` for all channels, or C_out names.
-            direction: (C_out, 2) frequency vectors (fy, fx), read for complex poolings; default the filters' centre
-                frequencies.
+            direction: (C_out, 2) frequency vectors (fy, fx), on which V depends; default the filters' own.
         Raises:
             ValueError: an unknown name, another number of names, or filters that do not exist yet (meta tensors).
         """
         poolings = check_poolings(pooling, self.out_channels)
         is_complex = [POOLINGS[name].is_complex for name in poolings]
         with of_nobody():
-            directions = torch.zeros(self.out_channels, 2, dtype=torch.float64)
-            directions[:, 1] = 1.0
-            if any(is_complex):
-                if direction is None and self.weight.is_meta:
+            if not any(is_complex):
+                direction = torch.zeros(self.out_channels, 2)
+            elif direction is None:
+                if self.weight.is_meta:
                     raise ValueError("expected the convolution's weights to exist, got a meta tensor: load them first")
-                index = torch.tensor(is_complex).nonzero()[:, 0]
-                direction = self.weight if direction is None else direction
-                own = direction.detach().cpu()[index]
-                directions[index] = (center_frequency(own) if own.ndim == 4 else own).double()
-            plan = encode(poolings, directions)
+                direction = center_frequency(self.weight.detach().cpu())
+            plan = encode(poolings, direction.detach().cpu())
             if self.plan.is_inference():  # loaded by assign=True in that mode; nobody may write to it outside
                 self.plan = plan.to(self.plan)
             else:

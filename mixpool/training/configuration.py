@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixpool.ops.renamed import SPELLED_NOW
+from mixpool.ops.renamed import SPELLED_NOW, spelled
 from mixpool.training.options import GROUPS, OPTIONS, TIMM_ONLY, Option
 
 
@@ -198,7 +198,8 @@ def _check_renamed(settings: dict[str, Any]) -> None:
         arguments |= settings["model_kwargs"]
     for name in arguments.keys() & SPELLED_NOW.keys():
         value = arguments[name]
-        raise ValueError(f"{name} is a word of version 0.1: instead of {name}={value} write {SPELLED_NOW[name](value)}")
+        now = spelled(SPELLED_NOW[name], value)
+        raise ValueError(f"{name} is a word of version 0.1: instead of {name}={value} write {now}")
 
 
 def _copy(value: Any) -> Any:

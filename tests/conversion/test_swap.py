@@ -417,3 +417,14 @@ def test_a_failing_revert_changes_nothing(monkeypatch, images, place: str, call:
     revert(model)
     assert model.feature_info[0]["reduction"] == 2 and not model.bn1.training
     assert all(torch.equal(value, stock[key]) for key, value in model.state_dict().items())
+
+
+def test_moving_the_placeholder_moves_the_part():
+    """model.half() and then model.bn1.float() is the usual way to mixed precision."""
+    model = torchvision.models.resnet18()
+    convert(model, select="none")
+    model.half()
+    assert model.bn1.weight.dtype == torch.float16
+    model.bn1.float()
+    assert model.conv1.bn.weight.dtype == model.conv1.bn.running_var.dtype == torch.float32
+    assert model.conv1.weight.dtype == torch.float16

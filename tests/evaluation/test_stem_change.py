@@ -17,7 +17,7 @@ from mixpool.evaluation.shifts import change_curve
 from mixpool.evaluation.stem_change import find_stem_of
 
 
-def test_the_stems_change_is_that_of_stability():
+def test_the_stems_change_is_that_of_shifts():
     model = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *_head(6))
     for channel in (0, 1):
         model[1].bias.data[channel] = 2.0 * channel

@@ -428,6 +428,11 @@ def test_the_docstring_example():
         ({"blur": 1}, 'pooling="cmod"'),
         ({"blur": 3}, 'pooling="modulus"'),
         ({"max_blur": 3}, r'pooling=\["blurpool", ...\]'),
+        ({"max_blur": 1}, r'pooling=\["max", ...\]'),
+        (
+            {"is_modulus": [True], "blur": 1},
+            r'pooling=\["max", "modulus", ...\], a name .*; instead of blur=1 write pooling="cmod"',
+        ),
     ],
     ids=str,
 )

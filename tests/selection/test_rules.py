@@ -235,7 +235,7 @@ def test_what_is_chosen_by_hand():
         ([0.5] * 6, "expected 6 booleans"),
         (["modulus", "median", "max", "max", "max", "max"], "expected 6 booleans .* got 6: .*median"),
     ],
-    ids=str,
+    ids=range(8),
 )
 def test_wrong_choices_are_named(select, message: str):
     with pytest.raises(ValueError, match=message):

@@ -191,3 +191,14 @@ def test_per_sample_gradients():
         alone = torch.autograd.grad(stem(x[sample : sample + 1]), list(parameters.values()), upstream[sample][None])
         for (name, grads), expected in zip(together.items(), alone, strict=True):
             assert_close(f"{name} of {sample}", grads[sample], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("plan", [MIXED, EVERY], ids=["two groups of one convolution", "every"])
+def test_a_trace_passes_torchs_own_check_and_serves_other_sizes(plan):
+    """The check runs without gradients, where groups are otherwise convolved together."""
+    stem = mixed_stem(plan=plan).eval()
+    traced = torch.jit.trace(stem, torch.randn(1, 3, 32, 32))
+    x = torch.randn(2, 3, 41, 56)
+    assert_close("another size", traced(x), stem(x))

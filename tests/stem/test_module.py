@@ -807,7 +807,7 @@ OLD_KEYWORDS = {
     "select": ("all", "pooling=, a name or a list"),
     "images": (None, "pooling=, a name or a list"),
     "blur": (1, 'pooling="cmod"'),
-    "max_blur": (3, 'rest="blurpool"'),
+    "max_blur": (3, r'pooling=\["blurpool", ...\]'),
     "imag": ("free", "nothing: free imaginary filters"),
 }
 

@@ -340,7 +340,7 @@ def test_named_channels_are_pooled_as_the_banks_own():
         ({"init": "none", "select": every_third}, "max"),
         ({"init": "none", "select": every_third, "aa_layer": "blur"}, "blurpool"),
     ],
-    ids=str,
+    ids=range(9),
 )
 def test_the_pooling_of_the_other_channels(options: dict, others: str):
     stem = timm.create_model("mixpool_resnet18", **options).conv1
