@@ -133,7 +133,7 @@ def problem(kind: str, purpose: str, device: str, dry: bool) -> Callable[[Blocks
             return launch.backward(*arguments, out, argmax=argmax, coefficients=coefficients)
         written = torch.zeros_like(out)
         if purpose == "inference":
-            call, _ = launch.forward(*arguments, written, scale=vector, shift=vector, relu=True)
+            call, _ = launch.forward(*arguments, written)
         else:
             argmax = torch.empty_like(places) if kind == "max" else None
             call, _ = launch.forward(*arguments, written, argmax=argmax, pivot=vector, with_sums=True)
