@@ -199,6 +199,7 @@ def test_real_maps_have_the_flips_of_the_protocol_and_straight_ones_the_same_end
     assert set(cifar10_straight.flips(built("stock").eval(), wanted, images)) == {"real", "straight"}
 
 
+@pytest.mark.slow
 def test_a_run_with_straightened_maps_is_recorded_once(queue_folder, monkeypatch, capsys):
     monkeypatch.setattr(cifar10_straight, "RECORD", queue_folder / "straight.jsonl")
     row = Row("mixpool", "half", 7)

@@ -212,6 +212,7 @@ def test_times_are_per_image(tmp_path):
         assert record["params"] == {"N": 2, "H": 33, "W": 33} and record["subject"] == "resnet18"
 
 
+@pytest.mark.slow
 def test_what_is_measured_stays(tmp_path, monkeypatch):
     path = tmp_path / "cost.jsonl"
     first = run(path)

@@ -205,6 +205,7 @@ def test_a_case_has_a_record_for_each_provider(tiny, tmp_path):
     assert found["stock"]["floor"]["flops"] < found["fused"]["floor"]["flops"], "two convolutions per modulus"
 
 
+@pytest.mark.slow
 def test_a_rerun_goes_on_where_the_last_one_stopped(tiny, tmp_path, monkeypatch):
     path = tmp_path / "gpu.jsonl"
     cut = run_tiny(path, seconds=0.0)
@@ -234,6 +235,7 @@ def test_what_is_not_there_is_recorded_and_nothing_else_is_timed_for_it(tmp_path
     assert "ms" in found["reference"]
 
 
+@pytest.mark.slow
 def test_a_broken_context_is_blamed_once_and_the_others_are_timed_after_a_restart(tiny, tmp_path, monkeypatch):
     path, broken = tmp_path / "gpu.jsonl", []
     attempt = timing.attempt
@@ -286,6 +288,7 @@ def test_the_tests_for_a_gpu_are_found_in_every_folder():
     assert all(re.search(r"mark\.gpu\b", (tables.ROOT / name).read_text()) for name in others)
 
 
+@pytest.mark.slow
 def test_the_verdict_of_pytest(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_checks.importlib.util, "find_spec", lambda name: None)  # without xdist's six processes
     file = tmp_path / "test_tiny.py"

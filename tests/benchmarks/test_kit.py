@@ -126,6 +126,7 @@ def test_the_front_page_is_short_and_its_links_exist():
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
+@pytest.mark.slow
 def test_figures_are_up_to_date(tmp_path):
     drawn = figures.draw(tmp_path)
     assert {path.name for path in drawn} == {path.name for path in figures.DOCS.glob("*.png")} - {"demo.png"}

@@ -122,6 +122,7 @@ def test_a_run_needs_that_of_the_stock_network(tiny, tmp_path):
         benchmark.run(MIXED, tmp_path)
 
 
+@pytest.mark.slow
 def test_runs_and_their_table(tiny, tmp_path, monkeypatch):
     # By the decay of the weights the stock network changes, too, which has nothing to learn from itself.
     monkeypatch.setattr(benchmark, "RECIPE", benchmark.RECIPE | {"lr": 0.05, "weight_decay": 0.5})

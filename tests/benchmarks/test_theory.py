@@ -33,6 +33,7 @@ def fails(capsys, *arguments):
     return err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_it_measures_and_draws(tmp_path, capsys, monkeypatch):
     two = {name: plots.FIGURES[name] for name in ("shifts", "frequency")}  # the others take long
     monkeypatch.setattr(plots, "FIGURES", two)

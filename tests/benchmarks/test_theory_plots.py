@@ -166,6 +166,7 @@ def test_frequency_and_orientation(record):
     np.testing.assert_allclose(np.tan(np.radians(degrees)), theta[:, 0] / theta[:, 1])
 
 
+@pytest.mark.slow
 def test_files_are_small_named_by_depth_and_the_same_again(shallow, tmp_path, monkeypatch):
     before = copy.deepcopy(shallow)
     paths = write_figures(shallow, tmp_path)

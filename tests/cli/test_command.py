@@ -17,6 +17,7 @@ STOCK = "torchvision/squeezenet1_0"
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_module_and_version():
     done = subprocess.run([sys.executable, "-m", "mixpool", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, f"mixpool {mixpool.__version__}")

@@ -333,6 +333,7 @@ def test_a_named_convolution_that_forward_does_not_call():
     assert_refused(model, "does not", "spare", stem="spare")
 
 
+@pytest.mark.slow
 def test_deep_stems_name_the_convolution_before_the_pool():
     model = timm.create_model("resnet50d")
     assert_refused(model, "another convolution", 'stem="conv1.6"', "conv1.0 [Conv2d] -> conv1.1")

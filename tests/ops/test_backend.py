@@ -361,6 +361,7 @@ def test_a_reason_is_logged_once_and_on_gpus_only(fake_gpu, interpreted, caplog)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the processes run in the interpreter")
+@pytest.mark.slow
 def test_sync_batch_norm_on_two_processes():
     """Uneven parts of the batch on the fused path are the whole batch on the reference, outputs and gradients."""
     batches, upstreams = [torch.randn(3, 3, 9, 10)], [torch.randn(3, 7, 3, 3)]
@@ -398,6 +399,7 @@ def test_both_paths_sum_the_same_over_processes(monkeypatch, rest):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the processes run in the interpreter")
+@pytest.mark.slow
 def test_distributed_data_parallel():
     """Each process gets the mean of both gradients, as on the reference."""
     stems = {name: make_stem(plan_of("cmod")).eval() for name in ("fused", "reference")}
@@ -591,6 +593,7 @@ def assert_compiled_step(
 
 
 @pytest.mark.parametrize(("name", "dynamic"), [("reference", True), ("fused", True), ("fused", None)])
+@pytest.mark.slow
 def test_compiled_in_one_graph(compiler, calls, name, dynamic):
     """Traced by dynamo and differentiated by AOTAutograd."""
     shapes = [(2, 3, 9, 8), (3, 3, 11, 10)]
@@ -598,6 +601,7 @@ def test_compiled_in_one_graph(compiler, calls, name, dynamic):
     assert bool(calls) == (name == "fused")
 
 
+@pytest.mark.slow
 def test_every_pooling_is_compiled_in_one_graph(compiler, calls):
     assert_compiled_step("aot_eager", "fused", [(2, 3, 9, 8), (3, 3, 11, 10)], True, EVERY)
     assert calls

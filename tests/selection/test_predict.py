@@ -63,6 +63,7 @@ def test_photos_order_the_filters_as_predicted():
         assert torch.corrcoef(pair)[0, 1] > (0.7 if name == "gap" else 0.9), name
 
 
+@pytest.mark.slow
 def test_squeezenet_on_real_photos(shared_data):
     """The issue's figures on every tenth photo; `benchmarks.selecting.prediction` has them for 250."""
     from benchmarks.kit.sample import photos, squeezenet

@@ -84,6 +84,7 @@ def test_one_graph_in_training_and_evaluation(plan, pool):
     assert_close("evaluation", compiled(x), stem(x))
 
 
+@pytest.mark.slow
 def test_compiled_without_a_break_for_every_size():
     stem = mixed_stem().eval()
     compiled = torch.compile(stem, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -396,6 +396,7 @@ def test_one_value_per_channel_cannot_be_normalised():
 @pytest.mark.parametrize(
     "momentum, splits", [(0.2, (2, 3)), (None, (4, 5))], ids=["momentum 0.2", "momentum None, one is empty"]
 )
+@pytest.mark.slow
 def test_sync_batch_norm_of_two_processes_equals_one_with_the_whole_batch(momentum, splits):
     """Outputs, gradients and running statistics over two steps; the first process gets `splits` of 5 images."""
     parts = stem_parts(dtype=torch.float64, bias=True, momentum=momentum)
@@ -416,6 +417,7 @@ def test_sync_batch_norm_of_two_processes_equals_one_with_the_whole_batch(moment
         assert_close(name, together.double(), expected.double(), (1e-9, 1e-9))
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel_equals_one_process():
     stems = {}
     for kind in ("frozen batch norm", "no norm"):

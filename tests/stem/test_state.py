@@ -173,6 +173,7 @@ def test_a_stem_on_the_meta_device_takes_a_state():
     assert_same_bits("to_empty", empty(images), make_stem(EVERY)(images))
 
 
+@pytest.mark.slow
 def test_a_compiled_stem_raises_or_follows():
     torch.compiler.reset()
     stem, images = make_stem(MIXED), x()

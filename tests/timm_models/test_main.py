@@ -59,6 +59,7 @@ def launch(*arguments: str | Path, module: str = "mixpool.timm_models") -> subpr
     )
 
 
+@pytest.mark.slow
 def test_the_script_knows_the_models_and_gets_its_arguments(script):
     done = launch(script, "--model", "mixpool_resnet18", "--help")
     assert done.returncode == 0, done.stderr

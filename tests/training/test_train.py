@@ -102,6 +102,7 @@ def test_a_run_that_was_stopped_ends_at_the_same_weights(photos, tmp_path, setti
         )
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_at_the_same_weights(photos, tmp_path):
     """`kill -9` after three random times, from the first line of the command to the last epoch."""
     settings = EVERYTHING | {"epochs": 12, "workers": 1, "val_interval": 5}
@@ -121,6 +122,7 @@ def test_a_run_killed_at_any_moment_ends_at_the_same_weights(photos, tmp_path):
     assert (tmp_path / "whole/run/summary.csv").read_text() == (tmp_path / "cut/run/summary.csv").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_killed_within_an_epoch_end_at_the_same_weights(photos, tmp_path):
     """Also the running statistics, of which every process has its own until the end of an epoch, and the losses."""
     settings = {"model": "tiny_norm", "model_ema": True, "model_ema_decay": 0.9, "epochs": 8, "batch_size": 2}
@@ -150,6 +152,7 @@ def by_torchrun(photos: Path, output: Path, **settings) -> None:
 
 
 @pytest.mark.parametrize("accumulated", [1, 2], ids=["", "accumulated"])
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_same_global_batch(photos, tmp_path, accumulated):
     """In float32 and without batch norm; the sums are taken in another order, hence 1e-6."""
     # 9 validation images one by one: the processes have different numbers of batches.
