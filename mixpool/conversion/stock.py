@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,6 +14,31 @@ from mixpool.selection.calibrate import stock_values
 from mixpool.stem.module import MixPoolStem
 
 
+class Place:
+    """A child of a module, and what has to be there; without a hold on the module, whose copies have their own."""
+
+    def __init__(self, parent: nn.Module | None, child: str, module: nn.Module | None) -> None:
+        self.parent = None if parent is None else weakref.ref(parent)
+        self.child, self.module = child, module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Place:
+        parent = self.parent and self.parent()
+        return Place(memo.get(id(parent)), self.child, copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple[type[Place], tuple[None, str, None]]:
+        return Place, (None, self.child, None)  # a file does not say where the model's modules will be
+
+    def check(self) -> None:
+        """Raise ValueError if the module is not there any more, nor inside of a wrapper."""
+        parent = self.parent and self.parent()
+        found = getattr(parent, self.child, None)
+        if isinstance(found, nn.Module) and all(module is not self.module for module in found.modules()):
+            raise ValueError(
+                f"expected {self.child} to stay as conversion left it (it is part of the stem now), got "
+                f"{type(found).__module__}.{type(found).__qualname__}"
+            )
+
+
 @dataclass
 class StockParts:
     """The modules that a converted stem stands for, kept outside the module tree, with their names in the model.
@@ -19,6 +46,7 @@ class StockParts:
     Attributes:
         names: part ("conv", "norm", "act", "pool", "blur") -> name in the model, absent parts left out.
         modules: part -> the stock module.
+        places: where the placeholders of the parts are.
         reductions: feature_info entries that were corrected, with their former reduction.
     """
 
@@ -26,7 +54,13 @@ class StockParts:
 
     names: dict[str, str]
     modules: dict[str, nn.Module]
+    places: list[Place] = field(default_factory=list)
     reductions: list[tuple[dict[str, Any], int]] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise ValueError if another module stands in the place of a part."""
+        for place in self.places:
+            place.check()
 
 
 class StockKeys:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixpool.conversion.find import FoundStem
-from mixpool.conversion.stock import StockKeys, StockParts
+from mixpool.conversion.stock import Place, StockKeys, StockParts
 from mixpool.stem.module import MixPoolStem
 
 Undo = list[Callable[[], None]]
@@ -126,6 +126,9 @@ def swap(model: nn.Module, found: FoundStem, stem: MixPoolStem, undo: Undo) -> l
         if left and part != "norm":
             notes.append(f"{left} state-dict hook(s) of {name} wait for revert()")
         set_submodule(model, name, replacement, undo)
+        if part != "conv":
+            above, _, child = name.rpartition(".")
+            stock.places.append(Place(model.get_submodule(above), child, replacement))
     holder = key_holder(model, "", names)
     if holder is not None:
         above = _common_prefix(names["conv"], names["norm"])

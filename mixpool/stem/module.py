@@ -239,6 +239,8 @@ class MixPoolStem(nn.Module):
         try:
             check_norm(self.bn, self.out_channels)
             check_act(self.act)
+            if self.stock is not None and not torch.compiler.is_compiling():
+                self.stock.check()
         except ValueError as error:  # another tool has replaced it
             raise ValueError(
                 f"{error}; revert(model), replace the part of the stock model, and convert again"

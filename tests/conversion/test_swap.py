@@ -428,3 +428,29 @@ def test_moving_the_placeholder_moves_the_part():
     model.bn1.float()
     assert model.conv1.bn.weight.dtype == model.conv1.bn.running_var.dtype == torch.float32
     assert model.conv1.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("duplicate", [lambda model: model, copy.deepcopy], ids=["itself", "a copy"])
+@pytest.mark.parametrize(
+    "name, module", [("bn1", nn.GroupNorm(8, 64)), ("relu", nn.SiLU()), ("maxpool", nn.Identity())]
+)
+def test_a_module_put_in_the_place_of_a_part_raises(duplicate, name, module):
+    """It would act on the stem's pooled output, silently."""
+    original = torchvision.models.resnet18().eval()
+    convert(original, select="none")
+    model, x = duplicate(original), torch.randn(2, 3, 64, 64)
+    expected, placeholder = model(x), getattr(model, name)
+    setattr(model, name, module)
+    with pytest.raises(ValueError, match=rf"expected {name} to stay as conversion left it .*revert\(model\), replace"):
+        model(x)
+    setattr(model, name, nn.Sequential(placeholder))  # a wrapper around it
+    assert torch.equal(model(x), expected)
+    assert model is original or torch.equal(original(x), expected)
+
+
+def test_a_pickled_model_runs_wherever_its_parts_are():
+    model, x = torchvision.models.resnet18().eval(), torch.randn(2, 3, 64, 64)
+    convert(model, select="none")
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(x), model(x))
+    assert torch.equal(revert(again)(x), model(x))
