@@ -52,7 +52,7 @@ def wide_blur_resnet18(pretrained: bool = False, **options) -> nn.Module:
     model = _stock(pretrained, **options)
     model.maxpool = nn.MaxPool2d(3, 1, 1)
     initialize(model)
-    model.maxpool = BlurPool2d(model.conv1.out_channels)
+    model.maxpool = nn.Sequential(model.maxpool, BlurPool2d(model.conv1.out_channels))  # behind the placeholder
     return model
 
 
