@@ -255,8 +255,8 @@ def lowpass_pool(values: Tensor, pool: PoolGeometry) -> Tensor:
     """Binomial mean over each window: [1 2 1] x [1 2 1] on windows of 3, [1 1] x [1 1] on windows of 2.
 
     Positions outside `values` do not count and the other weights are scaled up to sum to 1 (constant in, constant
-    out). The output size is the max pool's. (Two average pools would give the same; on a CPU they take longer, in NCHW
-    several times: `benchmarks.cost.lowpass`.)
+    out). The output size is the max pool's. (Two average pools give the same: on a CPU as
+    fast forward in channels_last, slower backward, and several times slower in NCHW: `benchmarks.cost.lowpass`.)
     """
     out_height, out_width = pool.output_size(*values.shape[-2:]) if pool.ceil_mode else (None, None)
     kernel = binomial_kernel(pool.size, values)
