@@ -104,6 +104,7 @@ def growth_cases() -> list[Case]:
 
 def run_cases(cases: Iterable[Case], store: Store, budget: Budget, *, again: bool = False) -> None:
     """Time what this code has not been timed on, on as many threads; a case is written when it is done."""
+    timing.keep_heap()
     for case in cases:
         blank = [case.record(variant) for variant in case.variants()]
         if not again and all(_is_done(record, store) for record in blank):

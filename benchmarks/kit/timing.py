@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import statistics
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 FLUSH_BYTES = 256 * 2**20  # several times any L2 cache
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 WARM_UP_SECONDS = 0.3  # of work before a measurement, so that the clocks have risen
 
 Samples = dict[str, list[list[float]]]  # name -> milliseconds, round by round
@@ -117,6 +119,18 @@ def ratio(rounds: list[list[float]], base: list[list[float]]) -> dict[str, float
 def rounded(values: dict[str, float]) -> dict[str, float]:
     """Five digits, as no clock has more."""
     return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in values.items()}
+
+
+def keep_heap() -> None:
+    """Never give memory back to the system, in this process (glibc; elsewhere nothing happens).
+
+    Otherwise glibc takes and gives back the large tensors of some calls in every round and those of others never,
+    depending on what ran before: the same stem takes 14 or 30 ms.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 * 2**20)):
+            mallopt(option, value)
 
 
 def release() -> None:

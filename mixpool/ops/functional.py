@@ -28,7 +28,7 @@ from mixpool.ops.reference import (
 from mixpool.ops.renamed import name_for_each, refuse_old
 
 MAX_PARTS = 4  # of a batch in a compiled graph, which holds the operators of each
-MAP_BYTES = 20 * 2**20  # of a convolution's map that is computed at a time, on a CPU and without gradients
+MAP_BYTES = 24 * 2**20  # of a convolution's map that is computed at a time, on a CPU and without gradients
 
 
 def mixed_pool(
@@ -52,25 +52,30 @@ def mixed_pool(
     act: elementwise non-decreasing function.
     backend: "auto", "reference" or "fused"; needs_grad tells the choice whether a backward pass will come.
     """
-    compute = convolve_and_pool
     if takes_fused(backend, Call(x, weight, groups, conv, pool, needs_grad)):
-        compute = fused.convolve_and_pool
+        parts = fused.convolve_and_pool(x, weight, bias, weight_imag, groups, conv, pool, with_moments=with_moments)
+    else:
+        count = None if needs_grad or with_moments else _images_at_a_time(x, groups, conv)
+        options = {"with_moments": with_moments, "images_at_a_time": count}
+        parts = convolve_and_pool(x, weight, bias, weight_imag, groups, conv, pool, **options)
+    return activate_and_merge(normalize(parts), groups, act, pool, memory_format_of(x))
 
-    def of(images: Tensor) -> Tensor:
-        parts = compute(images, weight, bias, weight_imag, groups, conv, pool, with_moments=with_moments)
-        return activate_and_merge(normalize(parts), groups, act, pool, memory_format_of(x))
 
-    if needs_grad or with_moments or x.device.type != "cpu" or not (is_eager() or is_compiled_for_one_size(x)):
-        return of(x)
-    # Maps that stay in the CPU's cache, and below the 32 MiB from which glibc gives memory back to the system and takes
-    # it anew page by page, halve the time. Real poolings alone stay whole, to repeat the stock convolution bit by bit.
+def _images_at_a_time(x: Tensor, groups: Sequence[Group], conv: ConvGeometry) -> int | None:
+    """How many images' maps take less than the 32 MiB from which glibc takes memory anew, page by page; None for all.
+
+    New pages take as long as half of the stem. (A backward pass gains nothing from parts.) Real poolings alone stay
+    whole, to repeat the stock convolution bit by bit.
+    """
+    if x.device.type != "cpu" or not (is_eager() or is_compiled_for_one_size(x)):
+        return None
     is_complex = [POOLINGS[group.pooling].is_complex for group in groups]
     filters = sum(len(group.index) * (1 + flag) for group, flag in zip(groups, is_complex, strict=True))
     positions = (x.shape[2] // conv.stride[0]) * (x.shape[3] // conv.stride[1])
     count = max(1, MAP_BYTES // max(1, filters * positions * x.element_size()))
-    if not any(is_complex) or count >= len(x) or (not is_eager() and len(x) > MAX_PARTS * count):
-        return of(x)
-    return torch.cat([of(images) for images in x.split(count)])
+    if not any(is_complex) or (not is_eager() and len(x) > MAX_PARTS * count):
+        return None
+    return count
 
 
 def mixpool2d(

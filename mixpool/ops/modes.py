@@ -28,6 +28,11 @@ def in_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for many tensors, as in torch.autograd.grad(is_grads_batched=True): no `out=` for them."""
+    return in_functorch() or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Context in which `tensor`'s dtype stays what it is: sums that autocast would round are done in float32."""
     if tensor.device.type == "meta":

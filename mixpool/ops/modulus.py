@@ -1,16 +1,21 @@
 """Modulus and energy of a complex map, whose two parts lie side by side in one tensor, with their derivatives.
 
-Below 1e-19 in float32, where squares have lost their digits, derivatives go to 0, which they are at 0. So nothing is
+All take squares, which in float32 hold values from 1e-19 to 1e19: below, the modulus and its derivative go to 0, which
+they are at 0; above, it is infinite. (hypot has no such limits, and takes three times the time on a CPU.) So nothing is
 ever divided by a tiny number, and a filter that has decayed to 1e-40 has a finite gradient. (A plain sqrt or hypot
-gives NaN at 0.) Squares, which `energy` and compiled graphs take, also want values up to 1e19.
+gives NaN at 0.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from mixpool.ops.modes import is_eager, widened
+from mixpool.ops.modes import is_batched, is_eager, needs_gradient, widened
+
+PART_BYTES = 8 * 2**20  # of a map at a time, on a CPU: what stays in its cache from one step to the next
 
 
 def modulus(z: Tensor) -> Tensor:
@@ -37,7 +42,7 @@ class _Modulus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor) -> Tensor:
-        out = torch.hypot(*widened(z).chunk(2, dim=1))
+        out = _energy_in_parts(z, with_root=True)
         ctx.save_for_backward(z, out)
         ctx.save_for_forward(z, out)
         return out
@@ -45,7 +50,12 @@ class _Modulus(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         z, out = ctx.saved_tensors
-        return _scaled(z, grad / _not_tiny(out))
+        if needs_gradient(z, out, grad) or is_batched(grad):
+            return _scaled(z, grad / _not_tiny(out))
+        result = torch.empty_like(z)
+        for images in _parts_of(z):
+            _scale_into(result[images], z[images], grad[images] / _not_tiny(out[images]))
+        return result
 
     @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
@@ -59,12 +69,17 @@ class _Energy(torch.autograd.Function):
     def forward(ctx, z: Tensor) -> Tensor:
         ctx.save_for_backward(z)
         ctx.save_for_forward(z)
-        return _energy(z)
+        return _energy_in_parts(z, with_root=False)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
-        return _scaled(z, 2 * grad)
+        if needs_gradient(z, grad) or is_batched(grad):
+            return _scaled(z, 2 * grad)
+        result = torch.empty_like(z)
+        for images in _parts_of(z):
+            _scale_into(result[images], z[images], 2 * grad[images])
+        return result
 
     @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
@@ -97,10 +112,36 @@ def _energy(z: Tensor) -> Tensor:
     return torch.addcmul(re * re, im, im)
 
 
+def _energy_in_parts(z: Tensor, with_root: bool) -> Tensor:
+    """`_energy` without a graph, and maybe its root, while each part is in the cache."""
+    re, im = z.chunk(2, dim=1)
+    out = torch.empty_like(re, dtype=widened(z[:0]).dtype)
+    for images in _parts_of(z):
+        part, part_re, part_im = out[images], widened(re[images]), widened(im[images])
+        torch.mul(part_re, part_re, out=part).addcmul_(part_im, part_im)
+        if with_root:
+            part.sqrt_()
+    return out
+
+
+def _parts_of(z: Tensor) -> Iterator[slice]:
+    """Images that are computed at a time; all of them on a GPU, whose cache holds none."""
+    total = len(z)
+    count = total
+    if z.device.type == "cpu" and z.numel() > 0:
+        count = max(1, PART_BYTES * total // (z.numel() * z.element_size()))
+    for first in range(0, total, max(1, count)):
+        yield slice(first, first + count)
+
+
+def _scale_into(out: Tensor, z: Tensor, factor: Tensor) -> None:
+    for own, part in zip(out.chunk(2, dim=1), z.chunk(2, dim=1), strict=True):
+        torch.mul(part, factor, out=own)
+
+
 def _scaled(z: Tensor, factor: Tensor) -> Tensor:
-    """Both parts times a factor, at once, so that autograd has none to join."""
-    parts = z.unflatten(1, (2, factor.shape[1]))
-    return (parts * factor.unsqueeze(1)).flatten(1, 2).to(z.dtype)
+    """Both parts times a factor, with a graph."""
+    return torch.cat([part * factor for part in z.chunk(2, dim=1)], dim=1).to(z.dtype)
 
 
 def _safe_root(energies: Tensor) -> Tensor:

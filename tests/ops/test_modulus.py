@@ -66,11 +66,26 @@ def test_tangents_are_carried_forward():
     assert_close("torch.func", by_transform, expected)
 
 
-def test_large_values_do_not_overflow_with_gradients():
-    z = complex_map([3e30], [4e30], torch.float32).requires_grad_()
+def test_squares_hold_what_the_docstring_says():
+    z = complex_map([3e18], [4e18], torch.float32).requires_grad_()
     out = modulus(z)
-    assert_close("modulus", out, torch.tensor([[5e30]]))
+    assert_close("modulus", out, torch.tensor([[5e18]]), (0, 1e-6))
     assert_close("gradient", torch.autograd.grad(out, z)[0], torch.tensor([[0.6, 0.8]]))
+    assert modulus(complex_map([3e19], [4e19], torch.float32)).isinf().all()
+
+
+@pytest.mark.parametrize("function", [modulus, lambda z: root(energy(z))], ids=["modulus", "energy"])
+def test_parts_of_a_batch_are_as_the_whole(function, monkeypatch):
+    """Also second derivatives and batches of gradients, which take another way."""
+    z = torch.randn(5, 6, 4, 3).requires_grad_()
+    upstream = torch.randn(5, 3, 4, 3)
+    out = function(z)
+    whole = torch.autograd.grad(out, z, upstream, create_graph=True)[0]
+    monkeypatch.setattr("mixpool.ops.modulus.PART_BYTES", 2 * z[0].numel() * 4)
+    assert torch.equal(function(z), out)
+    assert_close("gradient", torch.autograd.grad(function(z), z, upstream)[0], whole)
+    (batched,) = torch.autograd.grad(function(z), z, torch.stack([upstream, 2 * upstream]), is_grads_batched=True)
+    assert_close("batched", batched, torch.stack([whole, 2 * whole]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

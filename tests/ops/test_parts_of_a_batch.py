@@ -1,6 +1,6 @@
 """On a CPU, inference computes a large batch in parts: the same numbers, and only where parts are allowed.
 
-Legend: N images. Parts are seen by the sizes of the batches that `convolve_and_pool` gets.
+Legend: N images. Parts are seen by the sizes of the batches that are convolved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from support import ALL_MAX, EVERY, MIXED, PLANS, assert_close, assert_same_bits
 from torch import Tensor
 
 from mixpool import MixPoolStem, mixpool2d
-from mixpool.ops import functional
+from mixpool.ops import functional, reference
 from mixpool.ops.reference import POOLINGS
 
 WHOLE = 2**40  # bytes
@@ -26,12 +26,12 @@ def sizes(monkeypatch) -> list[int]:
     """Of the batches that were convolved, one after the other."""
     seen = []
 
-    def recorded(x: Tensor, *arguments, **options):
+    def recorded(x: Tensor, *arguments):
         seen.append(len(x))
-        return convolve_and_pool(x, *arguments, **options)
+        return convolved(x, *arguments)
 
-    convolve_and_pool = functional.convolve_and_pool
-    monkeypatch.setattr(functional, "convolve_and_pool", recorded)
+    convolved = reference._convolved
+    monkeypatch.setattr(reference, "_convolved", recorded)
     return seen
 
 
