@@ -32,9 +32,7 @@ COLORS = (MAX_COLOR, MODULUS_COLOR, *OTHER_COLORS)
 MARKERS = "so^Dvp"
 TITLES = {
     "flip_probability": "How often the class changes between crops some pixels apart",
-    "flip_probability_raw": "How often the class changes between crops some pixels apart (inputs not normalised)",
     "kl": "Divergence of the outputs from those of the crop that has not moved",
-    "kl_raw": "Divergence of the outputs from those of the crop that has not moved (inputs not normalised)",
     "stem_change": "How much the stem's output changes",
 }
 Y_LABELS = {"%": "flips (%)", "nats": "KL divergence (nats)", "std": "rms change / std"}

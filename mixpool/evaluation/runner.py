@@ -73,13 +73,11 @@ class Runner:
     def probe(self) -> int:
         """How many classes the model has, from a forward pass of one gray image."""
         gray = torch.full((1, 3, self.wanted.size, self.wanted.size), 128, dtype=torch.uint8, device=self.where)
-        return logits_of(lambda images: self.run(self.model, images, is_normalized=True), gray).shape[1]
+        return logits_of(lambda images: self.run(self.model, images), gray).shape[1]
 
-    def run(self, forward: Callable[[Tensor], Tensor], frame: Tensor, is_normalized: bool) -> Tensor:
+    def run(self, forward: Callable[[Tensor], Tensor], frame: Tensor) -> Tensor:
         # ToTensor and Normalize, operation by operation.
-        x = frame.float().div_(255)
-        if is_normalized:
-            x.sub_(self.mean).div_(self.std)
+        x = frame.float().div_(255).sub_(self.mean).div_(self.std)
         x = x.to(self.dtype, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         with torch.autocast(self.where.type, dtype=self.amp, enabled=self.amp is not None):
             return forward(x)
@@ -88,13 +86,12 @@ class Runner:
         self,
         forward: Callable[[Tensor], Tensor],
         frames: Iterable[Tensor],
-        is_normalized: bool,
         is_usable: Callable[[Tensor], Tensor],
         bad: Tensor,
     ) -> Iterator[Tensor]:
         """The function's output for each frame, one after another; `bad`, (N,) bool, is set where one is not usable."""
         for frame in frames:
-            out = self.run(forward, frame, is_normalized)
+            out = self.run(forward, frame)
             bad |= ~is_usable(out)
             yield out
 
