@@ -156,53 +156,21 @@ class Comparison:
         """
         if self._count == 0:
             raise ValueError("expected maps to compare, got none: call add() first")
-        return _stats(self._sums, self._changes, self._sums.new_tensor(self._count))
+        mean_r, mean_m, mean_b, rr, mm, bb, rm, rb, difference = self._sums / self._count
+        changes = (self._changes / self._count).unbind(dim=1)
 
+        def correlation(product: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+            covariance = product - mean_r * mean
+            variances = rr - mean_r.square(), square - mean.square()
+            varies = (variances[0] > CONSTANT * rr) & (variances[1] > CONSTANT * square)
+            return torch.where(varies, covariance / (variances[0] * variances[1]).sqrt(), torch.nan).clamp(-1, 1)
 
-def resample(parts: Sequence[Comparison], draws: int, seed: int = 0) -> PoolingStats:
-    """Bootstrap: what comparisons find that put together as many parts, drawn with replacement.
-
-    Args:
-        parts: comparisons of disjoint sets of images, of equal channels and shifts.
-        draws: how many.
-        seed: of the draws.
-    Returns:
-        PoolingStats with a first dimension of length `draws`: (draws, C), and (draws, S, C) for the instabilities.
-    Raises:
-        ValueError: there is no part, nothing was added to one, or parts differ in shifts or channels.
-    """
-    if not parts or any(part._count == 0 for part in parts):
-        raise ValueError(f"expected comparisons that maps were added to, got {[part._count for part in parts]}")
-    if len({part._changes.shape for part in parts}) > 1:
-        raise ValueError(f"expected equal shifts and channels, got {[tuple(part._changes.shape) for part in parts]}")
-    sums = torch.stack([part._sums for part in parts])  # on the CPU, whatever the default device
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(parts), (draws, len(parts)), generator=generator, device=sums.device)
-    times = sums.new_zeros(draws, len(parts))
-    times.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
-    changes = torch.tensordot(times, torch.stack([part._changes for part in parts]), dims=1)
-    counts = times @ sums.new_tensor([part._count for part in parts])
-    sums = torch.tensordot(times, sums, dims=1)
-    return _stats(sums, changes, counts)
-
-
-def _stats(sums: Tensor, changes: Tensor, count: Tensor) -> PoolingStats:
-    """The definitions, from sums (..., 9, C) and (..., S, 3, C) of a `Comparison` over `count` (...) values each."""
-    mean_r, mean_m, mean_b, rr, mm, bb, rm, rb, difference = (sums / count[..., None, None]).unbind(dim=-2)
-
-    def correlation(product: Tensor, mean: Tensor, square: Tensor) -> Tensor:
-        covariance = product - mean_r * mean
-        variances = rr - mean_r.square(), square - mean.square()
-        varies = (variances[0] > CONSTANT * rr) & (variances[1] > CONSTANT * square)
-        return torch.where(varies, covariance / (variances[0] * variances[1]).sqrt(), torch.nan).clamp(-1, 1)
-
-    changes = (changes / count[..., None, None, None]).unbind(dim=-2)
-    return PoolingStats(
-        _ratio(difference, mm),
-        correlation(rm, mean_m, mm),
-        correlation(rb, mean_b, bb),
-        *(_ratio(change, square[..., None, :]) for change, square in zip(changes, (rr, mm, bb), strict=True)),
-    )
+        return PoolingStats(
+            _ratio(difference, mm),
+            correlation(rm, mean_m, mm),
+            correlation(rb, mean_b, bb),
+            *(_ratio(change, square) for change, square in zip(changes, (rr, mm, bb), strict=True)),
+        )
 
 
 def _moments(maps: Poolings) -> Tensor:
