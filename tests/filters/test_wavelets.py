@@ -10,12 +10,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from one_sided import wrong_side_share
 from support import assert_close, assert_same_bits
 from torch import Tensor
 
 from mixpool import analytic_partner, analyze
 from mixpool.filters.packets import dtcwpt_filters
-from mixpool.filters.partner import wrong_side_energy
 from mixpool.filters.spectrum import frequency_grid, half_plane_side, natural_image_prior, orientation
 from mixpool.filters.wavelets import half_plane_share, packet_kernels, wavelet_bank
 
@@ -124,7 +124,7 @@ def test_what_few_taps_cost_is_what_the_docstring_says(depth, taps, kept, correl
     assert kernels.sum(dim=(1, 2)).abs().max() < 1e-12
     assert_close("norm", kernels.flatten(1).norm(dim=1), torch.ones(len(kernels)))
     partner = analytic_partner(kernels[:, None], direction)
-    assert wrong_side_energy(kernels[:, None], partner, direction).max() < 0.02  # nearly one-sided
+    assert wrong_side_share(kernels[:, None], partner, direction).max() < 0.02  # nearly one-sided
 
 
 def test_a_docstring_quotes_the_table():
