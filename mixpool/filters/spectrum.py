@@ -152,7 +152,7 @@ def check_weight(weight: Tensor) -> Tensor:
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """(y, x) from one number or two."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) != 2:
         raise ValueError(f"expected one integer or a pair of them, got {value!r}")
     return values

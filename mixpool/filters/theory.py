@@ -28,27 +28,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixpool.filters.spectrum import pair
+
 Vectors = Tensor | Sequence[float]  # (..., 2) in the order (y, x)
 TURN = 2 * math.pi
-
-
-class FrequencyMap(NamedTuple):
-    """Maps over the plane of centre frequencies; row i, column j is at (frequency[i], frequency[j]).
-
-    Attributes:
-        frequency: (size,) from -pi to pi, both included, 0 in the middle, radians per pixel; the axis of fy and of fx.
-        expected_gap: (size, size), see the function of this name.
-        expected_max: (size, size), likewise.
-    """
-
-    frequency: Tensor
-    expected_gap: Tensor
-    expected_max: Tensor
 
 
 def expected_max(frequency: Vectors, stride: int | Sequence[int], window: int | Sequence[int] = 3) -> Tensor:
@@ -125,30 +112,6 @@ def modulus_shift_bound(bandwidth: float | Tensor, shift: Vectors) -> Tensor:
     return (sides * shift.abs()).sum(dim=-1) / 2
 
 
-def max_shift_bound(
-    frequency: Vectors,
-    bandwidth: float | Tensor,
-    shift: Vectors,
-    stride: int | Sequence[int],
-    window: int | Sequence[int] = 3,
-) -> Tensor:
-    """Bound of the expected change of RMax when the image moves by u pixels, relative to the norm of CMod.
-
-    E[ ||RMax(T_u x) - RMax(x)|| / ||CMod(x)|| ] <= 2 gamma + alpha: from RMax to CMod, along CMod, and back. The root
-    mean square of the ratio has the same bound. It needs 1 and 2 for x and for T_u x, and the bandwidth's condition in
-    `modulus_shift_bound`, which also makes ||CMod(T_u x)|| = ||CMod(x)||.
-
-    Args:
-        frequency, stride, window: as `expected_max`.
-        bandwidth, shift: as `modulus_shift_bound`.
-    Returns:
-        (...) float64. Not the sharpest: as RMax never exceeds CMod, both errors have one sign, their scalar product is
-        not negative, and sqrt(2) gamma + alpha holds as well. For a pure wave `max_shift_change` is the value itself.
-    """
-    gap = expected_gap(frequency, stride, window)
-    return 2 * gap + modulus_shift_bound(bandwidth, _vectors("shift", shift).to(gap.device))
-
-
 def max_shift_change(
     frequency: Vectors, shift: Vectors, stride: int | Sequence[int], window: int | Sequence[int] = 3
 ) -> Tensor:
@@ -190,33 +153,13 @@ def max_shift_change(
     return square.clamp_min(0).sqrt()
 
 
-def frequency_map(stride: int | Sequence[int], window: int | Sequence[int] = 3, size: int = 129) -> FrequencyMap:
-    """`expected_gap` and `expected_max` over the whole plane [-pi, pi]^2 of centre frequencies.
-
-    Args:
-        stride, window: as `expected_max`.
-        size: odd number of frequencies per axis, so that 0 is one of them; memory grows as size^2 * window^2.
-    Raises:
-        ValueError: size is even or below 3, or as `expected_max`.
-    Example:
-        >>> frequency_map(stride=2).expected_gap.shape
-        torch.Size([129, 129])
-    """
-    if size < 3 or size % 2 == 0:
-        raise ValueError(f"expected an odd size of at least 3, got {size=}")
-    half = size // 2
-    axis = torch.arange(-half, half + 1, dtype=torch.float64) / half * math.pi  # exactly 0 and exactly +-pi
-    plane = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
-    return FrequencyMap(axis, expected_gap(plane, stride, window), expected_max(plane, stride, window))
-
-
 def _phases(frequency: Tensor, stride: int | Sequence[int], window: int | Sequence[int]) -> Tensor:
     """(..., n) phases of a window's n positions, sorted, in [0, 2 pi].
 
     Equal phases stay apart by a rounding, also across 0: that leaves gaps of about 0, which count for nothing.
     """
-    omega = frequency * frequency.new_tensor(_pair("stride", stride))
-    steps = [torch.arange(count, dtype=omega.dtype, device=omega.device) for count in _pair("window", window)]
+    omega = frequency * frequency.new_tensor(_positive_pair("stride", stride))
+    steps = [torch.arange(count, dtype=omega.dtype, device=omega.device) for count in _positive_pair("window", window)]
     position = torch.cartesian_prod(*steps)  # only differences of phases matter, so no position need be the centre
     return (omega @ position.T).remainder(TURN).sort(dim=-1).values
 
@@ -241,8 +184,8 @@ def _vectors(name: str, value: Vectors) -> Tensor:
     return vectors
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    values = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(values) != 2 or not all(isinstance(number, int) and number >= 1 for number in values):
+def _positive_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    values = pair(value)
+    if not all(isinstance(number, int) and number >= 1 for number in values):
         raise ValueError(f"expected {name} a positive integer or a pair (y, x) of them, got {value!r}")
     return values
