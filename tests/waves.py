@@ -1,6 +1,6 @@
-"""Frequencies, shifts and filtered images, for the tests of the theory's closed forms.
+"""Frequencies, shifts, waves and filtered images, for the tests of the theory's closed forms.
 
-Legend: N images, (G, G) the image and its frequency grid.
+Legend: S samples of the phase, N images, (G, G) the image and its frequency grid.
 """
 
 from __future__ import annotations
@@ -27,6 +27,25 @@ def shifts(count: int) -> Tensor:
     shift = torch.randn(count, 2, dtype=torch.float64) * 3
     shift[::2] = shift[::2].round()
     return shift
+
+
+def simulate(phase: Tensor, frequency: Tensor, shift: Tensor, stride, window) -> dict[str, Tensor]:
+    """The expectations of one frequency (2,) by their definition: a wave of modulus 1 at each of the phases (S,)."""
+    stride_y, stride_x = (stride, stride) if isinstance(stride, int) else stride
+    window_y, window_x = (window, window) if isinstance(window, int) else window
+    before = after = torch.full_like(phase, -math.inf)
+    advance = -(frequency * shift).sum()  # an image moved by +u is read at -u
+    for y in range(window_y):
+        for x in range(window_x):
+            here = phase + frequency[0] * stride_y * y + frequency[1] * stride_x * x
+            before = torch.maximum(before, here.cos())
+            after = torch.maximum(after, (here + advance).cos())
+    return {
+        "expected_max": before.mean(),
+        "expected_max_square": before.square().mean(),
+        "expected_gap": (before - 1).square().mean().sqrt(),
+        "max_shift_change": ((after - before).square().mean() / before.square().mean()).sqrt(),
+    }
 
 
 def filtered(

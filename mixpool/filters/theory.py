@@ -19,7 +19,7 @@ that small gaps grow (at pi / m, on noise, from 0.04 to 0.5) and phases that pil
 the limit of a narrow band: it orders filters by frequency, stride and window, and says less of wide ones.
 
 Source: Leterme, Polisano, Perrier, Alahari, On the Shift Invariance of Max Pooling Feature Maps in Convolutional Neural
-Networks, arXiv 2209.11740 (odd windows); the sums hold for any window. `max_shift_change` is derived here.
+Networks, arXiv 2209.11740 (odd windows); the sums hold for any window.
 Legend: frequencies and shifts are (..., 2) in the order (y, x), in radians per pixel and pixels, and broadcast; results
 are float64 on the device of the first of them. Stride and window are one integer or a pair (y, x).
 """
@@ -55,16 +55,8 @@ def expected_max(frequency: Vectors, stride: int | Sequence[int], window: int | 
         >>> round(expected_max((0.0, math.pi), stride=1).item(), 4)  # two phases, pi apart: 2 / pi
         0.6366
     """
-    gap = _gaps(_phases(_vectors("frequency", frequency), stride, window))
+    gap = gaps(phases(vectors("frequency", frequency), stride, window))
     return (gap / 2).sin().sum(dim=-1) / math.pi
-
-
-def expected_max_square(frequency: Vectors, stride: int | Sequence[int], window: int | Sequence[int] = 3) -> Tensor:
-    """Mean of (RMax / CMod)^2, from 1/2 to 1; arguments and assumptions of `expected_max`.
-
-    E[RMax^2] / CMod^2 = 1/2 + 1/(4 pi) * sum of sin d_i.
-    """
-    return 0.5 + _gaps(_phases(_vectors("frequency", frequency), stride, window)).sin().sum(dim=-1) / (2 * TURN)
 
 
 def expected_gap(frequency: Vectors, stride: int | Sequence[int], window: int | Sequence[int] = 3) -> Tensor:
@@ -76,7 +68,7 @@ def expected_gap(frequency: Vectors, stride: int | Sequence[int], window: int | 
     Over a whole map: given the modulus, the mean of ||RMax - CMod||^2 is gamma^2 ||CMod||^2, whether or not the phases
     of its positions depend on each other, and so the mean of ||RMax - CMod|| is at most gamma ||CMod||.
     """
-    gap = _gaps(_phases(_vectors("frequency", frequency), stride, window))
+    gap = gaps(phases(vectors("frequency", frequency), stride, window))
     # 3/2 = 1/(4 pi) * sum of 3 d_i: each term is then the integral of (1 - cos)^2 over a gap, and none is negative.
     square = (3 * gap + gap.sin() - 8 * (gap / 2).sin()).sum(dim=-1) / (2 * TURN)
     return square.clamp_min(0).sqrt()
@@ -103,7 +95,7 @@ def modulus_shift_bound(bandwidth: float | Tensor, shift: Vectors) -> Tensor:
         >>> modulus_shift_bound(0.5, [(0.0, 1.0), (1.0, 1.0)])
         tensor([0.2500, 0.5000], dtype=torch.float64)
     """
-    shift = _vectors("shift", shift)
+    shift = vectors("shift", shift)
     sides = torch.as_tensor(bandwidth, dtype=torch.float64, device=shift.device)
     if sides.ndim and sides.shape[-1] not in (1, 2):
         raise ValueError(f"expected bandwidth a number or of shape (..., 1) or (..., 2), got {tuple(sides.shape)}")
@@ -112,48 +104,7 @@ def modulus_shift_bound(bandwidth: float | Tensor, shift: Vectors) -> Tensor:
     return (sides * shift.abs()).sum(dim=-1) / 2
 
 
-def max_shift_change(
-    frequency: Vectors, shift: Vectors, stride: int | Sequence[int], window: int | Sequence[int] = 3
-) -> Tensor:
-    """Expected change of RMax when the image moves by u pixels, relative to RMax's own root mean square.
-
-    sqrt(E[(RMax(T_u x) - RMax(x))^2] / E[RMax^2]), under 1 and 2 and with an envelope that does not change under the
-    shift: the phase advances by <theta, u> everywhere, and CMod does not change at all. No bound but the value itself;
-    what a slowly varying envelope multiplies cancels. From 0 to 2, the latter for one phase alone turned by pi.
-
-    Between the places where RMax, before or after the shift, turns to another position of the window, both are cosines.
-    With a and b their difference and the difference of their slopes in the middle of such a piece of length L,
-    E[(difference)^2] / CMod^2 = 1/(4 pi) * sum over the pieces of (a^2 (L + sin L) + b^2 (L - sin L)).
-
-    Args:
-        frequency: (..., 2) centre frequencies, radians per pixel.
-        shift: (..., 2) displacement u of the image, pixels, any sign and fraction.
-        stride, window: as `expected_max`.
-    Returns:
-        (...) float64.
-    Raises:
-        ValueError: as `expected_max`, and shift is not (..., 2).
-    Example:
-        >>> round(max_shift_change((0.0, 0.0), (0.0, 1.0), stride=2).item(), 4)  # a phase that does not advance
-        0.0
-    """
-    frequency, shift = _vectors("frequency", frequency), _vectors("shift", shift)
-    frequency, shift = torch.broadcast_tensors(frequency, shift.to(frequency.device))
-    advance = (frequency * shift).sum(dim=-1, keepdim=True)
-    phases = _phases(frequency, stride, window)
-    turning = phases + _gaps(phases) / 2  # midway between two phases RMax turns from one to the other
-    pieces = torch.cat([turning, turning - advance], dim=-1).remainder(TURN).sort(dim=-1).values
-    length = _gaps(pieces)
-    middle = pieces + length / 2
-    before = _signed_distance(middle, phases, turning)
-    after = _signed_distance(middle + advance, phases, turning)
-    value, slope = after.cos() - before.cos(), after.sin() - before.sin()
-    square = value.square() * (length + length.sin()) + slope.square() * (length - length.sin())
-    square = square.sum(dim=-1) / (2 * TURN) / expected_max_square(frequency, stride, window)
-    return square.clamp_min(0).sqrt()
-
-
-def _phases(frequency: Tensor, stride: int | Sequence[int], window: int | Sequence[int]) -> Tensor:
+def phases(frequency: Tensor, stride: int | Sequence[int], window: int | Sequence[int]) -> Tensor:
     """(..., n) phases of a window's n positions, sorted, in [0, 2 pi].
 
     Equal phases stay apart by a rounding, also across 0: that leaves gaps of about 0, which count for nothing.
@@ -164,24 +115,17 @@ def _phases(frequency: Tensor, stride: int | Sequence[int], window: int | Sequen
     return (omega @ position.T).remainder(TURN).sort(dim=-1).values
 
 
-def _gaps(points: Tensor) -> Tensor:
+def gaps(points: Tensor) -> Tensor:
     """(..., n) distances from each of the sorted points on the circle to the next, the last one to the first."""
     return torch.cat([points[..., 1:], points[..., :1] + TURN], dim=-1) - points
 
 
-def _signed_distance(angle: Tensor, phases: Tensor, turning: Tensor) -> Tensor:
-    """(..., k) angles minus the nearest of the phases (..., n) on the circle, `turning` the middles between those."""
-    start = turning[..., -1:] - TURN
-    angle = (angle - start).remainder(TURN) + start
-    nearest = torch.searchsorted(turning.contiguous(), angle.contiguous()).clamp_max(phases.shape[-1] - 1)
-    return angle - phases.gather(-1, nearest)
-
-
-def _vectors(name: str, value: Vectors) -> Tensor:
-    vectors = torch.as_tensor(value, dtype=torch.float64)
-    if vectors.ndim == 0 or vectors.shape[-1] != 2:
-        raise ValueError(f"expected {name} of shape (..., 2), (y, x), got {tuple(vectors.shape)}")
-    return vectors
+def vectors(name: str, value: Vectors) -> Tensor:
+    """(..., 2) float64; ValueError for anything else."""
+    found = torch.as_tensor(value, dtype=torch.float64)
+    if found.ndim == 0 or found.shape[-1] != 2:
+        raise ValueError(f"expected {name} of shape (..., 2), (y, x), got {tuple(found.shape)}")
+    return found
 
 
 def _positive_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
