@@ -12,19 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, Rectangle
 from torch import Tensor
 
-from mixpool.figures import (
-    MAX_COLOR,
-    MODULUS_COLOR,
-    MUTED,
-    TEXT,
-    blank_figure,
-)
+from mixpool.figures import MAX_COLOR, MODULUS_COLOR, MUTED, TEXT, blank_figure
 from mixpool.selection.plan import ChannelPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# --- the filter bank --------------------------------------------------------------------------------------------------
 
 
 def plot_filter_bank(weight: Tensor, plan: ChannelPlan) -> Figure:
@@ -107,9 +99,3 @@ def _draw_frequency_plane(axes: Axes, plan: ChannelPlan) -> None:
     note = "dashed: a quarter wave per step of the convolution; square: Nyquist; faint: mirror images"
     axes.text(0.5, -0.205, note, transform=axes.transAxes, ha="center", size=7.5, color=MUTED)
     axes.legend(loc="lower center", bbox_to_anchor=(0.46, 0.965), ncols=2, frameon=False, fontsize=9, handletextpad=0.1)
-
-
-# --- the demo ---------------------------------------------------------------------------------------------------------
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
