@@ -202,13 +202,6 @@ def test_the_filters_have_their_packets_frequency_and_orientation(taps, depth):
     assert orientation(packets.center_frequency[:16]).unique().numel() >= 8
 
 
-def test_color_mix_is_taken_as_given():
-    mix = torch.rand(20, 3) + 0.1
-    bank = wavelet_bank(20, color_mix=mix)
-    patterns = bank / F.normalize(mix, dim=1)[:, :, None, None]
-    assert_close("one kernel", patterns, patterns[:, :1].expand(-1, 3, -1, -1), (1e-6, 1e-4))
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -219,9 +212,6 @@ def test_color_mix_is_taken_as_given():
         ({"num_channels": 8, "depth": 1}, "depth of 2 or 3, got depth=1"),
         ({"num_channels": 8, "kernel_size": 2}, "kernel_size=2"),
         ({"num_channels": 8, "kernel_size": 31}, "from 3 to 29"),
-        ({"num_channels": 8, "wavelet": "haar"}, "haar"),
-        ({"num_channels": 8, "color_mix": torch.ones(7, 3)}, r"\(8, 3\)"),
-        ({"num_channels": 8, "color_mix": torch.zeros(8, 3)}, "zero rows"),
     ],
 )
 def test_bank_errors_name_the_number(arguments, message):
