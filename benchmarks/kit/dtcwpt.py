@@ -1,5 +1,8 @@
 """The 2-D dual-tree complex wavelet packet transform of images, with the filters of `mixpool.filters.packets`.
 
+At the default stride 2**J, and with circular padding of sides divisible by it, the transform is a tight frame of bound
+1: image and coefficients have the same energy. At the stride 2**(J - 1) the coefficients have four times as much.
+
 Legend: J depth, P = 2**J packets per axis, n = 2 * P * P complex packets, k taps per side, N C H W images.
 """
 

@@ -16,10 +16,8 @@ the high filter of level 1 one sample earlier in tree 2, the trees would have to
 
 Conventions. Kernels are applied as torch applies them, by cross-correlation. The spectrum `fft2(kernel)` lies around
 +center_frequency; so a packet answers to exp(i <xi, n>) for xi near -center_frequency, and its coefficients for a real
-image turn as exp(-i <center_frequency, n>). At the default stride 2**J, and with circular padding of sides divisible by
-it, the transform is a tight frame of bound 1: image and coefficients have the same energy ("qshift_32" up to 1e-8, the
-rounding of its table). At the stride 2**(J - 1) the coefficients have four times as much. Each kernel has norm
-1 / sqrt(2).
+image turn as exp(-i <center_frequency, n>). Each kernel has norm 1 / sqrt(2), so that at the stride 2**J image and
+coefficients have the same energy ("qshift_32" up to 1e-8, the rounding of its table).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def power_spectrum(weight: Tensor, size: int | None = None) -> Tensor:
         (C, G, G) float64, bin (i, j) at the frequencies `frequency_grid(G)[i, j]`.
     """
     weight = check_weight(weight)
-    size = _spectrum_size(weight) if size is None else size
+    size = max(SPECTRUM_SIZE, 4 * max(weight.shape[-2:]) + 1) if size is None else size
     if size % 2 == 0 or size < max(weight.shape[-2:]):
         raise ValueError(f"expected an odd size of at least {max(weight.shape[-2:])}, got {size=}")
     return torch.fft.fft2(weight.double(), s=(size, size)).abs().square().sum(dim=1)
@@ -58,7 +58,8 @@ def center_frequency(weight: Tensor, refinements: int = 2, *, power: Tensor | No
     for _ in range(1 + refinements):
         share = _half_plane_share(power, grid, frequency)
         frequency = torch.einsum("cyx,yxd->cd", share, grid)
-    return torch.where(_is_upper(frequency)[:, None], frequency, -frequency)
+    is_upper = (frequency[:, 0] > 0) | ((frequency[:, 0] == 0) & (frequency[:, 1] >= 0))
+    return torch.where(is_upper[:, None], frequency, -frequency)
 
 
 def orientation(frequency: Tensor) -> Tensor:
@@ -133,14 +134,6 @@ def _half_plane_share(power: Tensor, grid: Tensor, frequency: Tensor) -> Tensor:
 def ratio(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole; 0, with gradient 0, where the whole is 0."""
     return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), 0.0)
-
-
-def _is_upper(frequency: Tensor) -> Tensor:
-    return (frequency[:, 0] > 0) | ((frequency[:, 0] == 0) & (frequency[:, 1] >= 0))
-
-
-def _spectrum_size(weight: Tensor) -> int:
-    return max(SPECTRUM_SIZE, 4 * max(weight.shape[-2:]) + 1)
 
 
 def check_weight(weight: Tensor) -> Tensor:

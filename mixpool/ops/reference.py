@@ -86,7 +86,7 @@ def convolve_and_pool(
     *,
     with_moments: bool = False,
 ) -> list[Pooled]:
-    """Convolve and pool each channel by its pooling; the affine step, the activation and the merge are the caller's.
+    """Convolve and pool channels, group after group; the affine step, the activation and the merge are the caller's.
 
     Args:
         x: images, (N, C_in, H, W), any float dtype, any strides.
@@ -96,8 +96,6 @@ def convolve_and_pool(
         groups: the channels to compute.
         conv, pool: the geometry of the stem.
         with_moments: also return batch statistics.
-    Returns:
-        Pooled channels, group after group.
     """
     entries = [POOLINGS[group.pooling] for group in groups]
     # On CPU, PyTorch pools channels_last tensors about ten times faster. Real poolings alone convolve in the layout

@@ -13,8 +13,8 @@ Over all images and output positions of a channel, ||.|| the root of the sum of 
     instability of X  ||X(T_u x) - X(x)|| / ||X(x)||, X one of R, M, B, and T_u x the image moved by u
 
 Each norm runs over the whole set, so bright and busy images count for more; no mean is subtracted but in the
-correlation. (`stability.relative_change` divides by the standard deviation instead.) Cut the maps to positions that no
-border has touched before pooling them: zero padding is no part of these definitions.
+correlation. (`evaluation.shifts` divides by the standard deviation instead.) Cut the maps to positions that no border
+has touched before pooling them: zero padding is no part of these definitions.
 
 Legend: N images, C channels, (H, W) of the maps, (h, w) after pooling, S shifts.
 """
@@ -68,8 +68,6 @@ def pool_both(real: Tensor, imag: Tensor, window: int = 3) -> Poolings:
         window: 3, or 2, where the centre is the upper left position and the mean has equal weights.
     Returns:
         Poolings; h = (H - window) // 2 + 1.
-    Raises:
-        ValueError: another window, or maps of two shapes, not 4-D, or smaller than a window.
     """
     if window not in (2, 3):
         raise ValueError(f"expected a window of 2 or 3, got {window=}")
@@ -129,11 +127,7 @@ class Comparison:
         self._take(sums, changes, before.max.numel() // before.max.shape[1])
 
     def update(self, other: Comparison) -> None:
-        """Take in all that another comparison has seen.
-
-        Raises:
-            ValueError: nothing was added to it, or it has another number of shifts or channels.
-        """
+        """Take in what another comparison has seen; ValueError if that is nothing, or of other shifts or channels."""
         if other._count == 0:
             raise ValueError("expected a comparison that maps were added to, got an empty one")
         self._take(other._sums, other._changes, other._count)
@@ -149,11 +143,7 @@ class Comparison:
         self._count += count
 
     def result(self) -> PoolingStats:
-        """The definitions, over everything that was added.
-
-        Raises:
-            ValueError: nothing was added.
-        """
+        """The definitions, over everything that was added; ValueError if nothing was."""
         if self._count == 0:
             raise ValueError("expected maps to compare, got none: call add() first")
         mean_r, mean_m, mean_b, rr, mm, bb, rm, rb, difference = self._sums / self._count

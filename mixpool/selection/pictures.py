@@ -21,8 +21,6 @@ from torch import Tensor
 class ImageModel:
     """What the pictures are drawn from; lengths in pixels, amplitudes in standard deviations of the leaves' gray.
 
-    The defaults are the fit to photographs.
-
     Attributes:
         size_exponent: the density of leaves of radius r falls as r^-size_exponent ...
         smallest, largest: ... between these radii.
@@ -59,7 +57,7 @@ class ImageModel:
     brightness: float = 1.7
 
 
-PHOTOGRAPHS = ImageModel()
+PHOTOGRAPHS = ImageModel()  # the defaults are the fit to them
 # Covariance of (red, green, blue) over the pixels of photographs, normalised by ImageNet's mean and deviation.
 COLOR_COVARIANCE = ((1.25, 1.13, 0.99), (1.13, 1.26, 1.19), (0.99, 1.19, 1.38))
 LAYERS = 8  # leaves over a pixel on average; all but the last are hidden, and exp(-8) of the pixels have none
@@ -76,8 +74,6 @@ def dead_leaves(num_images: int, size: int, seed: int = 0, model: ImageModel = P
         model: the distribution of what is drawn.
     Returns:
         (num_images, 3, size, size) float32.
-    Raises:
-        ValueError: a number is not positive.
     Example:
         >>> from mixpool.selection.pictures import dead_leaves
         >>> tuple(dead_leaves(2, 64).shape)

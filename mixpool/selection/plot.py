@@ -26,8 +26,6 @@ def plot_filter_bank(weight: Tensor, plan: ChannelPlan) -> Figure:
         weight: (C, I, kH, kW) of the stem's convolution. RGB filters are drawn in colour, zero is mid-gray; with
             another number of inputs the strongest spatial pattern of the filter is drawn in gray.
         plan: of these channels.
-    Raises:
-        ValueError: the number of filters is not that of the plan.
     """
     if weight.ndim != 4 or len(weight) != len(plan.poolings):
         raise ValueError(f"expected a weight of {len(plan.poolings)} filters, got {tuple(weight.shape)}")
