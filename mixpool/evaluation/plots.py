@@ -42,13 +42,9 @@ LEGEND_ROW, LEGEND_LETTERS = 0.2, 130  # inches, and what fits beside each other
 
 
 def plot_curves(found: Sequence[Record], metric: str) -> Figure:
-    """One metric over the shift, a panel per direction and a curve per model, with its 95 % interval over images.
+    """A curve of `TITLES` over the shift: a panel per direction, a line per model with its 95 % interval over images.
 
-    Args:
-        found: records of evaluations.
-        metric: a name of `TITLES`.
-    Raises:
-        ValueError: none of the records has the metric.
+    ValueError if none of the records has it.
     """
     found = [record for record in found if metric in record["summary"]]
     if metric not in TITLES or not found:
@@ -82,11 +78,7 @@ def plot_curves(found: Sequence[Record], metric: str) -> Figure:
 
 
 def write_figures(found: Sequence[Record], folder: str | Path, prefix: str = "evaluation") -> list[Path]:
-    """A figure per curve that any of the records has, as PREFIX-NAME.png in a folder; returns the paths.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+    """A figure per curve that any of the records has, as PREFIX-NAME.png in a folder; returns the paths."""
     present = [metric for metric in TITLES if any(metric in record["summary"] for record in found)]
     return [
         save_figure(plot_curves(found, metric), Path(folder) / f"{prefix}-{metric.replace('_', '-')}.png")

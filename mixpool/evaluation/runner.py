@@ -18,9 +18,6 @@ def at_work(model: nn.Module, device: str | torch.device | None) -> Iterator[tor
     """The model in evaluation mode on the device, default where it is, and afterwards as it was.
 
     Not in inference_mode: what a model caches in it could never be used in training again.
-
-    Raises:
-        ValueError: there is no such device here.
     """
     home = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     where = home if device is None else usable_device(device)
@@ -35,11 +32,7 @@ def at_work(model: nn.Module, device: str | torch.device | None) -> Iterator[tor
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device of a name.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
+    """The device of a name; ValueError if there is no such device here."""
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).cpu()
@@ -102,11 +95,7 @@ class Runner:
 
 
 def logits_of(classifier: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """What a classifier says of a few images, (N, classes).
-
-    Raises:
-        ValueError: it cannot take them, or its output is something else.
-    """
+    """What a classifier says of a few images, (N, classes); ValueError if it cannot take them or is none."""
     try:
         out = classifier(images)
     except RuntimeError as error:
