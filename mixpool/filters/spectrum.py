@@ -8,7 +8,7 @@ Everything here is pure tensor code, batched over channels, and computed in floa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ def check_weight(weight: Tensor) -> Tensor:
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """(y, x) from one number or two."""
-    values = tuple(value) if isinstance(value, Sequence) else (value, value)
+    values = tuple(value) if isinstance(value, Iterable) else (value, value)
     if len(values) != 2:
         raise ValueError(f"expected one integer or a pair of them, got {value!r}")
     return values
