@@ -20,12 +20,7 @@ TEXT = {"color": "#222222"}
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 160) -> Path:
-    """Write a figure; the suffix of `path` gives the format, PNG without one. Returns the path.
-
-    Raises:
-        ValueError: matplotlib cannot write that format.
-        OSError: the file cannot be written.
-    """
+    """Write a figure, as PNG where `path` has no suffix, and return its path; ValueError for an unknown format."""
     path = Path(path)
     path = path if path.suffix else path.with_suffix(".png")
     if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mixpool.cli import main
 from mixpool.training import train
-from mixpool.training.configuration import parse
+from mixpool.training.configuration import Parser, add_options, complete
 
 CPU = torch.device("cpu")
 TESTS = Path(__file__).parent
@@ -59,6 +59,13 @@ def arguments(photos: Path, output: Path, **settings) -> list[str]:
         else:
             found += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return found
+
+
+def parse(given: list[str]) -> argparse.Namespace:
+    """The options of a command line, as `mixpool train` reads them."""
+    parser = Parser(prog="mixpool train", allow_abbrev=False)
+    add_options(parser)
+    return complete(vars(parser.parse_args(given)))
 
 
 def options(photos: Path, output: Path, **settings) -> argparse.Namespace:

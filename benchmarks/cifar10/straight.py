@@ -87,7 +87,7 @@ def flips(network: nn.Module, wanted: ModelInput, images: Images) -> dict[str, T
             if batch.failed:
                 raise ValueError(f"cannot use {': '.join(batch.failed[0])}")
             frames = protocol.frames(batch.views[protocol.view], batch.places, seed=0)
-            maps = [runner.run(stem, frame, protocol.is_normalized) for frame in frames]
+            maps = [runner.run(stem, frame) for frame in frames]
             for name, values in found.items():
                 moved = straightened(maps, channels=replaced[name]) if name in replaced else maps
                 values.append(protocol.measure(logits(moved), batch.labels)["flip_probability"])

@@ -1,4 +1,4 @@
-"""Fit the numbers of the synthetic pictures (`dead_leaves.PHOTOGRAPHS`) to photographs.
+"""Fit the numbers of the synthetic pictures (`selection.pictures.PHOTOGRAPHS`) to photographs.
 
     python -m benchmarks.selecting.image_model [--minutes 15]   writes records/image_model.jsonl and prints the numbers
     python -m benchmarks.selecting.image_model --minutes 0   measures the present numbers only

@@ -20,8 +20,8 @@ from benchmarks.kit.sample import photos, shifted, squeezenet
 from benchmarks.kit.store import RECORDS
 from mixpool import analytic_partner, analyze, records
 from mixpool.filters import partner as filters
-from mixpool.filters.partner import PRIOR_SIZE, wrong_side_energy
-from mixpool.filters.spectrum import center_frequency, frequency_grid, half_plane_side, natural_image_prior
+from mixpool.filters.partner import PRIOR_SIZE, partner_prior
+from mixpool.filters.spectrum import center_frequency, frequency_grid, half_plane_side, natural_image_prior, ratio
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry, centers_are_inside
 from mixpool.ops.modulus import modulus
 from mixpool.ops.reference import lowpass_pool, max_pool
@@ -57,6 +57,19 @@ def hilbert_partner(weight: Tensor, direction: Tensor | None = None, size: int =
     spectrum = torch.fft.fft2(weight.double(), s=(size, size))
     partner = torch.fft.ifft2(-1j * side[:, None] * spectrum).real
     return partner[..., : weight.shape[-2], : weight.shape[-1]].to(weight.dtype)
+
+
+def wrong_side_energy(weight: Tensor, weight_imag: Tensor, direction: Tensor) -> Tensor:
+    """(C,) share of the energy of W + iV, weighted by `partner_prior`, in the half plane <xi, direction> < 0.
+
+    0 is perfectly analytic, 0.5 a real filter. Computed in float64 on the grid of the prior.
+    """
+    grid = frequency_grid(PRIOR_SIZE, weight.device)
+    prior = partner_prior(grid)
+    spectrum = torch.fft.fft2(torch.complex(weight.double(), weight_imag.double()), s=(PRIOR_SIZE, PRIOR_SIZE))
+    energy = spectrum.abs().square().sum(dim=1) * prior
+    wrong = (energy * (1 - half_plane_side(grid, direction.double())) / 2).sum(dim=(1, 2))
+    return ratio(wrong, energy.sum(dim=(1, 2)))
 
 
 @torch.no_grad()

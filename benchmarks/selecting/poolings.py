@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.kit.dtcwpt import DTCWPT
 from benchmarks.kit.sample import IMAGENET_STD
-from mixpool.filters.packets import DTCWPT, dtcwpt_filters
+from mixpool.filters.packets import dtcwpt_filters
 from mixpool.selection.compare import Comparison, Poolings, pool_both
 
 GRAY = torch.tensor([0.299, 0.587, 0.114])[:, None, None]

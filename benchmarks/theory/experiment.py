@@ -24,13 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kit.dtcwpt import DTCWPT
+from benchmarks.theory.closed_forms import max_shift_change
 from benchmarks.theory.gap_parts import GapParts, gap_parts, gap_sums
+from benchmarks.theory.resample import resample
 from benchmarks.theory.translated import translated
 from mixpool import records
 from mixpool.evaluation.shifts import DIRECTIONS, shifted_crop
-from mixpool.filters.packets import DTCWPT, PacketFilters, dtcwpt_filters
-from mixpool.filters.theory import expected_gap, max_shift_change, modulus_shift_bound
-from mixpool.selection.compare import Comparison, PoolingStats, pool_both, resample
+from mixpool.filters.packets import PacketFilters, dtcwpt_filters
+from mixpool.filters.theory import expected_gap, modulus_shift_bound
+from mixpool.selection.compare import Comparison, PoolingStats, pool_both
 
 DEPTHS = (2, 3, 4)  # at depth 1 no packet is analytic
 SHIFTS = (0.5, 1, 1.5, 2, 3, 4, 6, 8)  # pixels

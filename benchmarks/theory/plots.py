@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from benchmarks.theory.closed_forms import frequency_map
 from mixpool.figures import MAX_COLOR, MODULUS_COLOR, MUTED, OTHER_COLORS, TEXT, blank_figure, inch_axes, save_figure
-from mixpool.filters.theory import frequency_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -107,11 +107,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Load the models, evaluate one after another, write after each, and print the table.
-
-    Raises:
-        ValueError, OSError: as the modules that do the work; in one line for the user.
-    """
+    """Load the models, evaluate one after another, write after each, and print the table."""
     specs = _model_specs(options)
     if options.data is None and not options.dataset:
         raise ValueError(

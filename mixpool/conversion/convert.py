@@ -68,7 +68,7 @@ def convert(
     """
     refuse_old("convert", old)
     check_words(pooling, rest)
-    _check_model(model, stem)
+    check_model(model, stem)
     found = find_stem(model, stem)
     if found.taps and not feature_entries(model, found):
         raise StemError(
@@ -182,7 +182,8 @@ def _put_back(model: nn.Module, stem: MixPoolStem, prefix: str, stock: Any, undo
 # --- checks before anything is touched --------------------------------------------------------------------------------
 
 
-def _check_model(model: nn.Module, stem: str | None) -> None:
+def check_model(model: nn.Module, stem: str | None) -> None:
+    """Raise StemError for what is no plain model, or has the stem converted already."""
     if not isinstance(model, nn.Module):
         raise StemError(f"expected a torch.nn.Module, got {type(model).__name__}")
     _check_wrappers(model)

@@ -97,8 +97,7 @@ class _Tracer(fx.Tracer):
             or isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm))
             or is_supported_norm(module)
             or type(module).__name__ in _BLURS
-            or not any(module.children())
-            and _is_layer(module)
+            or (".layers." in name and not any(module.children()))  # timm's layers and activations
         )
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -126,11 +125,6 @@ def _is_shape(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("shape", "ndim")
     return node.op == "call_method" and node.target in ("size", "dim")
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Whether a childless module is best shown whole (timm's layers and activations)."""
-    return ".layers." in f"{type(module).__module__}."
 
 
 @dataclass
@@ -252,7 +246,7 @@ def _follow(trace: _Trace, conv_node: fx.Node) -> FoundStem:
             continue
         elif module is not None and _is_activation(module) and act_module is None:
             act, act_module = node, module
-        elif node.op != "call_module" and _is_relu_call(node) and act_module is None:
+        elif node.op != "call_module" and node.target in _IDEMPOTENT and act_module is None:
             act_module = nn.ReLU6() if node.target is F.relu6 else nn.ReLU()
             notes.append(f"{trace.name(node)} stays in the model's forward; after the stem it changes nothing")
         else:
@@ -342,10 +336,6 @@ def _is_activation(module: nn.Module) -> bool:
 
 def _is_inactive_dropout(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
-
-
-def _is_relu_call(node: fx.Node) -> bool:
-    return node.target in _IDEMPOTENT
 
 
 def _is_shape_use(node: fx.Node) -> bool:

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixpool.conversion.convert import convert
-from mixpool.conversion.find import StemError, find_stem
+from mixpool.conversion.convert import check_model, convert
+from mixpool.conversion.find import find_stem
 from mixpool.conversion.report import ConversionReport
-from mixpool.conversion.stock import converted_stems
 from mixpool.filters.gabor import COLOR_SHARE, FREQUENCIES, gabor_bank
 from mixpool.filters.spectrum import pair
 from mixpool.filters.wavelets import max_channels, wavelet_bank
@@ -88,13 +87,9 @@ def initialize(
     refuse_old("initialize", old)
     check_poolings(pooling, 1)
     is_complex = POOLINGS[pooling].is_complex
-    if not isinstance(model, nn.Module):
-        raise StemError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model, stem)
     if rest is None:
         rest = "blurpool" if is_complex else pooling
-    stems = converted_stems(model)
-    if stems and (stem is None or stem in stems):
-        raise StemError(f"expected an unconverted model, found a MixPoolStem at {', '.join(map(repr, stems))}")
     found = find_stem(model, stem)
     conv = found.modules[found.conv]
     norm = None if found.norm is None else found.modules[found.norm]

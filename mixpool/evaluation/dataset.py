@@ -226,9 +226,7 @@ def open_images(
 def read_class_map(source: str | Path | Mapping[str, int]) -> dict[str, int]:
     """Class name -> number, from a .txt of one name per line; of "n01440764 tench" and its like only the synset counts.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is empty, is no .txt, or names a class twice.
+    FileNotFoundError without the file, ValueError if it is empty, is no .txt, or names a class twice.
     """
     if isinstance(source, Mapping):
         return dict(source)
@@ -247,11 +245,7 @@ def read_class_map(source: str | Path | Mapping[str, int]) -> dict[str, int]:
 
 
 def check_classes(images: Images | Stream, num_outputs: int) -> None:
-    """Whether the labels can be those of a model with so many classes.
-
-    Raises:
-        ValueError: they cannot; the message says what to do.
-    """
+    """Raise ValueError, with what to do, if the labels cannot be those of a model with so many classes."""
     classes = images.num_classes
     if classes is None or classes == num_outputs or images.may_have_fewer and classes < num_outputs:
         return

@@ -30,11 +30,7 @@ if TYPE_CHECKING:
 
 
 def plot_demo(result: DemoResult, title: str, subtitle: str) -> Figure:
-    """The picture at the top of the README: one photo, one filter, two poolings before and after one pixel, the curves.
-
-    Args:
-        result: what is drawn; title, subtitle: lines on top.
-    """
+    """The README's first picture: a photo, a filter, two poolings before and after a shift by one pixel, the curves."""
     figure = blank_figure(DEMO_WIDTH, DEMO_HEIGHT)
     for text, y, style in (
         (title, DEMO_HEIGHT - 0.28, {"size": 13.5, "weight": "bold", **TEXT}),

@@ -183,7 +183,7 @@ def _measure(
         squares = views[protocol.view] if len(rows) == len(labels) else views[protocol.view][rows]
         frames = protocol.frames(squares, [batch.places[row] for row in rows], seed)
         bad = torch.zeros(len(rows), dtype=torch.bool, device=runner.where)
-        outputs = runner.outputs(forward, frames, protocol.is_normalized, is_usable, bad)
+        outputs = runner.outputs(forward, frames, is_usable, bad)
         values = protocol.measure(outputs, labels[rows])
         for column in values.values():
             bad |= ~are_finite(column.reshape(len(rows), -1))

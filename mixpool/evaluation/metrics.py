@@ -37,8 +37,6 @@ def top_k(logits: Tensor, labels: Tensor, k: int) -> Tensor:
         logits: (N, C) scores or probabilities.
         labels: (N,) class numbers.
         k: 1 to C.
-    Raises:
-        ValueError: the shapes do not fit, a label is no class, or k is out of range.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"expected logits (N, C) and labels (N,), got {tuple(logits.shape)} and {tuple(labels.shape)}")
@@ -52,15 +50,12 @@ def top_k(logits: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def shift_consistency(first: Tensor, second: Tensor) -> Tensor:
-    """(N,) bool: whether both crops of an image get the same class, right or wrong.
+    """(N,) bool: whether both crops of an image get the same class, right or wrong, from (N,) predicted classes.
 
     Its mean is the classification consistency of Zhang, "Making Convolutional Networks Shift-Invariant Again", 2019,
     arXiv 1904.11486: P(argmax f(shift_1(x)) = argmax f(shift_2(x))) over images and both shifts; in percent, higher is
     better. With `torch.roll` for the shift it is the circular consistency of Chaman and Dokmanic, "Truly
     Shift-Invariant Convolutional Neural Networks", 2021, arXiv 2011.14214.
-
-    Args:
-        first, second: (N,) predicted classes, `logits.argmax(dim=1)`.
     """
     _check_same(first, second)
     return first == second
@@ -77,8 +72,6 @@ def flip_probability(predictions: Tensor, step: int) -> Tensor:
     Args:
         predictions: (N, T) predicted classes, frame by frame.
         step: 1 to T - 1 frames.
-    Raises:
-        ValueError: the step is out of range.
     """
     if predictions.ndim != 2 or not 1 <= step < predictions.shape[1]:
         raise ValueError(f"expected predictions (N, T) with T > step >= 1, got {tuple(predictions.shape)}, {step=}")
@@ -110,11 +103,7 @@ def kl_divergence(reference: Tensor, moved: Tensor) -> Tensor:
 
 
 def resampled_means(values: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:
-    """(S, ...) means of `draws` bootstrap samples of N images; the same seed and N draw the same images.
-
-    Args:
-        values: (N, ...) per image.
-    """
+    """(S, ...) means over bootstrap samples of N values (N, ...); the same seed and N draw the same images."""
     if len(values) == 0:
         raise ValueError("expected values of at least one image, got none")
     flat = values.reshape(len(values), -1).double()

@@ -60,14 +60,9 @@ class Photos:
 
 
 def demo_photos(size: int) -> tuple[list[str], Tensor]:
-    """Twelve photos that come with scikit-image, without any download.
+    """Names and (12, 3, size, size) float32 in [0, 1] of the twelve photos that come with scikit-image: no download.
 
-    Args:
-        size: side of the square crop, pixels; the shorter side is resized to it.
-    Returns:
-        The names, and a float32 tensor (12, 3, size, size) in [0, 1]; gray photos have three equal channels.
-    Raises:
-        FileNotFoundError: the installed scikit-image lacks one of the files.
+    The shorter side is resized to `size` pixels. FileNotFoundError if the installed scikit-image lacks one of them.
     """
     from importlib.util import find_spec
 
@@ -92,8 +87,6 @@ def load_images(directory: str | Path, size: int, limit: int | None = None, *, c
         size: side of the square crop, pixels.
         limit: number of files to take at most; None for all (memory: 12 size^2 bytes each).
         crop_ratio: side of the crop over the shorter side of the resized photo, in (0, 1].
-    Returns:
-        Photos.
     Raises:
         FileNotFoundError: no such folder, or it holds no image file.
         ValueError: none of the chosen files can be read, or an argument is out of its range.
@@ -165,11 +158,13 @@ def short(error: BaseException) -> str:
 
 def _load(path: Path, short_side: int, size: int) -> tuple[Tensor, bool]:
     """(3, size, size) in [0, 1]: upright, RGB, shorter side resized, centre cropped; and whether it was enlarged."""
+    import numpy as np
     from PIL import Image, ImageOps
 
     with damage_named(), Image.open(path) as file:
         image = ImageOps.exif_transpose(with_eight_bits(file)).convert("RGB")
-    return _to_tensor(_resize_and_crop(image, short_side, size)), min(image.size) < short_side
+    pixels = torch.from_numpy(np.array(_resize_and_crop(image, short_side, size)))  # (H, W, 3) uint8, a copy
+    return pixels.permute(2, 0, 1).float() / 255, min(image.size) < short_side
 
 
 def _resize_and_crop(image: Image.Image, short_side: int, size: int) -> Image.Image:
@@ -180,13 +175,6 @@ def _resize_and_crop(image: Image.Image, short_side: int, size: int) -> Image.Im
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    import numpy as np
-
-    pixels = torch.from_numpy(np.array(image))  # (H, W, 3) uint8, a copy
-    return pixels.permute(2, 0, 1).float() / 255
 
 
 def _image_files(directory: Path) -> list[Path]:

@@ -32,9 +32,7 @@ COLORS = (MAX_COLOR, MODULUS_COLOR, *OTHER_COLORS)
 MARKERS = "so^Dvp"
 TITLES = {
     "flip_probability": "How often the class changes between crops some pixels apart",
-    "flip_probability_raw": "How often the class changes between crops some pixels apart (inputs not normalised)",
     "kl": "Divergence of the outputs from those of the crop that has not moved",
-    "kl_raw": "Divergence of the outputs from those of the crop that has not moved (inputs not normalised)",
     "stem_change": "How much the stem's output changes",
 }
 Y_LABELS = {"%": "flips (%)", "nats": "KL divergence (nats)", "std": "rms change / std"}
@@ -44,13 +42,9 @@ LEGEND_ROW, LEGEND_LETTERS = 0.2, 130  # inches, and what fits beside each other
 
 
 def plot_curves(found: Sequence[Record], metric: str) -> Figure:
-    """One metric over the shift, a panel per direction and a curve per model, with its 95 % interval over images.
+    """A curve of `TITLES` over the shift: a panel per direction, a line per model with its 95 % interval over images.
 
-    Args:
-        found: records of evaluations.
-        metric: a name of `TITLES`.
-    Raises:
-        ValueError: none of the records has the metric.
+    ValueError if none of the records has it.
     """
     found = [record for record in found if metric in record["summary"]]
     if metric not in TITLES or not found:
@@ -84,11 +78,7 @@ def plot_curves(found: Sequence[Record], metric: str) -> Figure:
 
 
 def write_figures(found: Sequence[Record], folder: str | Path, prefix: str = "evaluation") -> list[Path]:
-    """A figure per curve that any of the records has, as PREFIX-NAME.png in a folder; returns the paths.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+    """A figure per curve that any of the records has, as PREFIX-NAME.png in a folder; returns the paths."""
     present = [metric for metric in TITLES if any(metric in record["summary"] for record in found)]
     return [
         save_figure(plot_curves(found, metric), Path(folder) / f"{prefix}-{metric.replace('_', '-')}.png")

@@ -12,16 +12,16 @@ model of 227 sees crops of a 235 square where one of 224 sees crops of 232, so t
     consistency         Resize s+m, crop s+m      2 crops at offsets 0 .. 31 per axis, drawn for each image
     consistency-shared  the same                  the same, drawn for each 8 successive images
     circular            the same                  the centre crop rolled twice by -m .. m-1 per axis
-    flips (-raw)        Resize s+8, crop s+8      25 crops: offsets 0 .. 8 to the side, down and along the diagonal
-    kl (-raw)           Resize 2s+16, crop 2s+16  49 crops of 2s at offsets 0 .. 16, each halved: shifts of half a pixel
+    flips               Resize s+8, crop s+8      25 crops: offsets 0 .. 8 to the side, down and along the diagonal
+    kl                  Resize 2s+16, crop 2s+16  49 crops of 2s at offsets 0 .. 16, each halved: shifts of half a pixel
 
 The margin m is the papers' 32. That is a whole period of a picture of 32 pixels, so below 64 pixels it is s // 7, as 32
 of 224, with the offsets 0 .. m: of a CIFAR image, 4. Flips and KL count in pixels, 8 at most, for all sizes.
 
 Resize is of the shorter side, bilinear with antialiasing (torchvision's on PIL images, as the papers have it); every
 crop but those is of the centre. All models see the same pixels, but for "accuracy", which follows the model's own
-configuration. Frames are normalised with the model's mean and std; "-raw" ones stay in [0, 1], as in the released code
-of Leterme et al. (github.com/hubert-leterme/wcnn), whose transform of the shifts ends without Normalize.
+configuration. Frames are normalised with the model's mean and std. (The released code of Leterme et al. leaves those of
+the shifts in [0, 1]: github.com/hubert-leterme/wcnn, whose transform ends without Normalize.)
 
 Legend: N images of a batch.
 """
@@ -68,7 +68,6 @@ class Accuracy:
     view: OwnView | SquareView
     suffix: str = ""
     num_frames = 1
-    is_normalized = True
 
     def frames(self, images: Tensor, places: Sequence[Place], seed: int) -> Iterator[Tensor]:
         yield images
@@ -96,7 +95,6 @@ class Consistency:
     size: int
     group: int = 1
     num_frames = 2
-    is_normalized = True
 
     @property
     def view(self) -> SquareView:
@@ -130,7 +128,6 @@ class Circular:
 
     size: int
     num_frames = 2
-    is_normalized = True
 
     @property
     def view(self) -> SquareView:
@@ -157,7 +154,6 @@ class Flips:
     """
 
     size: int
-    is_normalized: bool = True
 
     @property
     def view(self) -> SquareView:
@@ -175,7 +171,7 @@ class Flips:
         """flip_probability: (N, 3, 8) shares, by direction and distance."""
         classes = torch.stack([logits.argmax(dim=1) for logits in outputs], dim=1)
         curves = [flip_curve(classes[:, frames]) for frames in frames_of_directions(MAX_SHIFT)]
-        return {"flip_probability" + ("" if self.is_normalized else "_raw"): torch.stack(curves, dim=1)}
+        return {"flip_probability": torch.stack(curves, dim=1)}
 
 
 @dataclass(frozen=True)
@@ -187,7 +183,6 @@ class KL:
     """
 
     size: int
-    is_normalized: bool = True
 
     @property
     def view(self) -> SquareView:
@@ -205,7 +200,7 @@ class KL:
         """kl: (N, 3, 16) nats, by direction and shift."""
         first = next(outputs)
         moved = torch.stack([kl_divergence(first, logits) for logits in outputs], dim=1)
-        return {"kl" + ("" if self.is_normalized else "_raw"): moved.unflatten(1, (len(DIRECTIONS), -1))}
+        return {"kl": moved.unflatten(1, (len(DIRECTIONS), -1))}
 
 
 Protocol = Accuracy | Consistency | Circular | Flips | KL
@@ -217,9 +212,7 @@ PROTOCOLS: dict[str, Callable[[ModelInput], Protocol]] = {
     "consistency-shared": lambda model: Consistency(model.size, group=GROUP),
     "circular": lambda model: Circular(model.size),
     "flips": lambda model: Flips(model.size),
-    "flips-raw": lambda model: Flips(model.size, is_normalized=False),
     "kl": lambda model: KL(model.size),
-    "kl-raw": lambda model: KL(model.size, is_normalized=False),
 }
 NEED_LABELS = ("accuracy", "accuracy-wcnn")
 

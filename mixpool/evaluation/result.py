@@ -37,9 +37,7 @@ METRICS = {
     "shift_consistency_shared": Metric("shift consistency, shared offsets", "%"),
     "circular_consistency": Metric("circular consistency", "%"),
     "flip_probability": Metric("flips", "%", _BY_PIXELS),
-    "flip_probability_raw": Metric("flips, not normalised", "%", _BY_PIXELS),
     "kl": Metric("KL", "nats", _BY_HALF_PIXELS),
-    "kl_raw": Metric("KL, not normalised", "nats", _BY_HALF_PIXELS),
     "stem_change": Metric("stem change", "std", _BY_PIXELS),
 }
 

@@ -18,9 +18,6 @@ def at_work(model: nn.Module, device: str | torch.device | None) -> Iterator[tor
     """The model in evaluation mode on the device, default where it is, and afterwards as it was.
 
     Not in inference_mode: what a model caches in it could never be used in training again.
-
-    Raises:
-        ValueError: there is no such device here.
     """
     home = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     where = home if device is None else usable_device(device)
@@ -35,11 +32,7 @@ def at_work(model: nn.Module, device: str | torch.device | None) -> Iterator[tor
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device of a name.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
+    """The device of a name; ValueError if there is no such device here."""
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).cpu()
@@ -73,13 +66,11 @@ class Runner:
     def probe(self) -> int:
         """How many classes the model has, from a forward pass of one gray image."""
         gray = torch.full((1, 3, self.wanted.size, self.wanted.size), 128, dtype=torch.uint8, device=self.where)
-        return logits_of(lambda images: self.run(self.model, images, is_normalized=True), gray).shape[1]
+        return logits_of(lambda images: self.run(self.model, images), gray).shape[1]
 
-    def run(self, forward: Callable[[Tensor], Tensor], frame: Tensor, is_normalized: bool) -> Tensor:
+    def run(self, forward: Callable[[Tensor], Tensor], frame: Tensor) -> Tensor:
         # ToTensor and Normalize, operation by operation.
-        x = frame.float().div_(255)
-        if is_normalized:
-            x.sub_(self.mean).div_(self.std)
+        x = frame.float().div_(255).sub_(self.mean).div_(self.std)
         x = x.to(self.dtype, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         with torch.autocast(self.where.type, dtype=self.amp, enabled=self.amp is not None):
             return forward(x)
@@ -88,13 +79,12 @@ class Runner:
         self,
         forward: Callable[[Tensor], Tensor],
         frames: Iterable[Tensor],
-        is_normalized: bool,
         is_usable: Callable[[Tensor], Tensor],
         bad: Tensor,
     ) -> Iterator[Tensor]:
         """The function's output for each frame, one after another; `bad`, (N,) bool, is set where one is not usable."""
         for frame in frames:
-            out = self.run(forward, frame, is_normalized)
+            out = self.run(forward, frame)
             bad |= ~is_usable(out)
             yield out
 
@@ -105,11 +95,7 @@ class Runner:
 
 
 def logits_of(classifier: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """What a classifier says of a few images, (N, classes).
-
-    Raises:
-        ValueError: it cannot take them, or its output is something else.
-    """
+    """What a classifier says of a few images, (N, classes); ValueError if it cannot take them or is none."""
     try:
         out = classifier(images)
     except RuntimeError as error:

@@ -36,8 +36,6 @@ def shifted_crop(images: Tensor, size: int, shift: int, direction: str = "horizo
         size: side of the crop, pixels.
         shift: pixels, negative to move the content right and/or down.
         direction: "horizontal", "vertical" or "diagonal".
-    Raises:
-        ValueError: the margin is too small, or the direction unknown.
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"expected a direction out of {', '.join(DIRECTIONS)}, got {direction!r}")
@@ -56,10 +54,9 @@ def shifted_crop(images: Tensor, size: int, shift: int, direction: str = "horizo
 
 
 def relative_change(before: Tensor, after: Tensor, border: int = BORDER) -> Tensor:
-    """(C,) rms of after - before over the standard deviation of before; NaN for a channel that is constant.
+    """(C,) rms of after - before over the standard deviation of before, maps (N, C, H_out, W_out); NaN where constant.
 
     Args:
-        before, after: feature maps (N, C, H_out, W_out).
         border: positions left out on each side.
     """
     if before.shape != after.shape or before.ndim != 4:
@@ -89,8 +86,7 @@ def change_curve(
         images: (N, channels, H, W), as the stem expects them, with a margin around the centre crop.
         size: side of the crops that the stem sees, pixels.
         shifts: pixels.
-        direction: "horizontal", "vertical" or "diagonal".
-        border: output positions left out on each side.
+        direction, border: as above.
     Example:
         >>> import torch
         >>> from mixpool.evaluation.shifts import change_curve

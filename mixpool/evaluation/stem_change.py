@@ -46,10 +46,7 @@ def changes_at_all(sums: Mapping[str, Tensor]) -> bool:
 
 
 def stem_change(sums: Mapping[str, Tensor]) -> Interval:
-    """(D, K) change, mean over the channels that are not constant, with its 95 % bootstrap interval over images.
-
-    change_c(k) = sqrt(mean (f_c(x_k) - f_c(x_0))^2) / sqrt(mean (f_c(x_0) - mean f_c(x_0))^2), the means over images
-    and positions, as in `evaluation.shifts`. Its unit is the channel's own standard deviation; less is steadier.
+    """(D, K) change of `evaluation.shifts`, mean over the channels that are not constant, with its 95 % interval.
 
     Bootstrap samples in which all channels are constant say nothing and are left out.
 
@@ -61,11 +58,7 @@ def stem_change(sums: Mapping[str, Tensor]) -> Interval:
 
 
 def stem_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Interval:
-    """(D, K) change of the second stem minus that of the first on the same images, with its paired interval.
-
-    Args:
-        first, second: as `StemFrames.measure` returns them, of the same images in the same order.
-    """
+    """(D, K) change of the second stem minus that of the first, both on the same images, with its paired interval."""
     (ours, our_draws), (theirs, their_draws) = _with_draws(first), _with_draws(second)
     return Interval(theirs - ours, *percentile_ends(their_draws - our_draws))
 

@@ -45,8 +45,6 @@ def gabor_bank(
         blob_share: share of the channels that are low-pass blobs.
     Returns:
         (out_channels, in_channels, kernel_size, kernel_size) float32.
-    Raises:
-        ValueError: a number is out of its range; the message shows it.
     Example:
         >>> from mixpool.filters.gabor import gabor_bank
         >>> tuple(gabor_bank(64).shape)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixpool.filters.spectrum import center_frequency, frequency_grid, half_plane_side, pair, ratio
+from mixpool.filters.spectrum import center_frequency, frequency_grid, half_plane_side, pair
 
 PRIOR_SIZE = 255  # side of the frequency grid on which the partner is fitted
 
@@ -108,19 +108,6 @@ def _solve_partner(weight: Tensor, direction: Tensor) -> Tensor:
         right_side.append(torch.fft.ifft2(spectrum).real[..., :taps_y, :taps_x].flatten(1))
     partner = torch.cholesky_solve(torch.stack(right_side).flatten(0, 1).T, factor).T
     return partner.reshape(weight.shape).to(weight.dtype)
-
-
-def wrong_side_energy(weight: Tensor, weight_imag: Tensor, direction: Tensor) -> Tensor:
-    """(C,) share of the energy of W + iV, weighted by `partner_prior`, in the half plane <xi, direction> < 0.
-
-    0 is perfectly analytic, 0.5 a real filter. Computed in float64 on the grid of the prior.
-    """
-    grid = frequency_grid(PRIOR_SIZE, weight.device)
-    prior = partner_prior(grid)
-    spectrum = torch.fft.fft2(torch.complex(weight.double(), weight_imag.double()), s=(PRIOR_SIZE, PRIOR_SIZE))
-    energy = spectrum.abs().square().sum(dim=1) * prior
-    wrong = (energy * (1 - half_plane_side(grid, direction.double())) / 2).sum(dim=(1, 2))
-    return ratio(wrong, energy.sum(dim=(1, 2)))
 
 
 def _lags(taps: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ Everything here is pure tensor code, batched over channels, and computed in floa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def power_spectrum(weight: Tensor, size: int | None = None) -> Tensor:
         (C, G, G) float64, bin (i, j) at the frequencies `frequency_grid(G)[i, j]`.
     """
     weight = check_weight(weight)
-    size = _spectrum_size(weight) if size is None else size
+    size = max(SPECTRUM_SIZE, 4 * max(weight.shape[-2:]) + 1) if size is None else size
     if size % 2 == 0 or size < max(weight.shape[-2:]):
         raise ValueError(f"expected an odd size of at least {max(weight.shape[-2:])}, got {size=}")
     return torch.fft.fft2(weight.double(), s=(size, size)).abs().square().sum(dim=1)
@@ -58,7 +58,8 @@ def center_frequency(weight: Tensor, refinements: int = 2, *, power: Tensor | No
     for _ in range(1 + refinements):
         share = _half_plane_share(power, grid, frequency)
         frequency = torch.einsum("cyx,yxd->cd", share, grid)
-    return torch.where(_is_upper(frequency)[:, None], frequency, -frequency)
+    is_upper = (frequency[:, 0] > 0) | ((frequency[:, 0] == 0) & (frequency[:, 1] >= 0))
+    return torch.where(is_upper[:, None], frequency, -frequency)
 
 
 def orientation(frequency: Tensor) -> Tensor:
@@ -135,14 +136,6 @@ def ratio(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), 0.0)
 
 
-def _is_upper(frequency: Tensor) -> Tensor:
-    return (frequency[:, 0] > 0) | ((frequency[:, 0] == 0) & (frequency[:, 1] >= 0))
-
-
-def _spectrum_size(weight: Tensor) -> int:
-    return max(SPECTRUM_SIZE, 4 * max(weight.shape[-2:]) + 1)
-
-
 def check_weight(weight: Tensor) -> Tensor:
     if not isinstance(weight, Tensor) or weight.ndim != 4 or not weight.is_floating_point():
         got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
@@ -152,7 +145,7 @@ def check_weight(weight: Tensor) -> Tensor:
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """(y, x) from one number or two."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Iterable) else (value, value)
     if len(values) != 2:
         raise ValueError(f"expected one integer or a pair of them, got {value!r}")
     return values

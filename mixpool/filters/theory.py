@@ -19,7 +19,7 @@ that small gaps grow (at pi / m, on noise, from 0.04 to 0.5) and phases that pil
 the limit of a narrow band: it orders filters by frequency, stride and window, and says less of wide ones.
 
 Source: Leterme, Polisano, Perrier, Alahari, On the Shift Invariance of Max Pooling Feature Maps in Convolutional Neural
-Networks, arXiv 2209.11740 (odd windows); the sums hold for any window. `max_shift_change` is derived here.
+Networks, arXiv 2209.11740 (odd windows); the sums hold for any window.
 Legend: frequencies and shifts are (..., 2) in the order (y, x), in radians per pixel and pixels, and broadcast; results
 are float64 on the device of the first of them. Stride and window are one integer or a pair (y, x).
 """
@@ -28,27 +28,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixpool.filters.spectrum import pair
+
 Vectors = Tensor | Sequence[float]  # (..., 2) in the order (y, x)
 TURN = 2 * math.pi
-
-
-class FrequencyMap(NamedTuple):
-    """Maps over the plane of centre frequencies; row i, column j is at (frequency[i], frequency[j]).
-
-    Attributes:
-        frequency: (size,) from -pi to pi, both included, 0 in the middle, radians per pixel; the axis of fy and of fx.
-        expected_gap: (size, size), see the function of this name.
-        expected_max: (size, size), likewise.
-    """
-
-    frequency: Tensor
-    expected_gap: Tensor
-    expected_max: Tensor
 
 
 def expected_max(frequency: Vectors, stride: int | Sequence[int], window: int | Sequence[int] = 3) -> Tensor:
@@ -68,16 +55,8 @@ def expected_max(frequency: Vectors, stride: int | Sequence[int], window: int | 
         >>> round(expected_max((0.0, math.pi), stride=1).item(), 4)  # two phases, pi apart: 2 / pi
         0.6366
     """
-    gap = _gaps(_phases(_vectors("frequency", frequency), stride, window))
+    gap = gaps(phases(vectors("frequency", frequency), stride, window))
     return (gap / 2).sin().sum(dim=-1) / math.pi
-
-
-def expected_max_square(frequency: Vectors, stride: int | Sequence[int], window: int | Sequence[int] = 3) -> Tensor:
-    """Mean of (RMax / CMod)^2, from 1/2 to 1; arguments and assumptions of `expected_max`.
-
-    E[RMax^2] / CMod^2 = 1/2 + 1/(4 pi) * sum of sin d_i.
-    """
-    return 0.5 + _gaps(_phases(_vectors("frequency", frequency), stride, window)).sin().sum(dim=-1) / (2 * TURN)
 
 
 def expected_gap(frequency: Vectors, stride: int | Sequence[int], window: int | Sequence[int] = 3) -> Tensor:
@@ -89,7 +68,7 @@ def expected_gap(frequency: Vectors, stride: int | Sequence[int], window: int | 
     Over a whole map: given the modulus, the mean of ||RMax - CMod||^2 is gamma^2 ||CMod||^2, whether or not the phases
     of its positions depend on each other, and so the mean of ||RMax - CMod|| is at most gamma ||CMod||.
     """
-    gap = _gaps(_phases(_vectors("frequency", frequency), stride, window))
+    gap = gaps(phases(vectors("frequency", frequency), stride, window))
     # 3/2 = 1/(4 pi) * sum of 3 d_i: each term is then the integral of (1 - cos)^2 over a gap, and none is negative.
     square = (3 * gap + gap.sin() - 8 * (gap / 2).sin()).sum(dim=-1) / (2 * TURN)
     return square.clamp_min(0).sqrt()
@@ -116,7 +95,7 @@ def modulus_shift_bound(bandwidth: float | Tensor, shift: Vectors) -> Tensor:
         >>> modulus_shift_bound(0.5, [(0.0, 1.0), (1.0, 1.0)])
         tensor([0.2500, 0.5000], dtype=torch.float64)
     """
-    shift = _vectors("shift", shift)
+    shift = vectors("shift", shift)
     sides = torch.as_tensor(bandwidth, dtype=torch.float64, device=shift.device)
     if sides.ndim and sides.shape[-1] not in (1, 2):
         raise ValueError(f"expected bandwidth a number or of shape (..., 1) or (..., 2), got {tuple(sides.shape)}")
@@ -125,124 +104,32 @@ def modulus_shift_bound(bandwidth: float | Tensor, shift: Vectors) -> Tensor:
     return (sides * shift.abs()).sum(dim=-1) / 2
 
 
-def max_shift_bound(
-    frequency: Vectors,
-    bandwidth: float | Tensor,
-    shift: Vectors,
-    stride: int | Sequence[int],
-    window: int | Sequence[int] = 3,
-) -> Tensor:
-    """Bound of the expected change of RMax when the image moves by u pixels, relative to the norm of CMod.
-
-    E[ ||RMax(T_u x) - RMax(x)|| / ||CMod(x)|| ] <= 2 gamma + alpha: from RMax to CMod, along CMod, and back. The root
-    mean square of the ratio has the same bound. It needs 1 and 2 for x and for T_u x, and the bandwidth's condition in
-    `modulus_shift_bound`, which also makes ||CMod(T_u x)|| = ||CMod(x)||.
-
-    Args:
-        frequency, stride, window: as `expected_max`.
-        bandwidth, shift: as `modulus_shift_bound`.
-    Returns:
-        (...) float64. Not the sharpest: as RMax never exceeds CMod, both errors have one sign, their scalar product is
-        not negative, and sqrt(2) gamma + alpha holds as well. For a pure wave `max_shift_change` is the value itself.
-    """
-    gap = expected_gap(frequency, stride, window)
-    return 2 * gap + modulus_shift_bound(bandwidth, _vectors("shift", shift).to(gap.device))
-
-
-def max_shift_change(
-    frequency: Vectors, shift: Vectors, stride: int | Sequence[int], window: int | Sequence[int] = 3
-) -> Tensor:
-    """Expected change of RMax when the image moves by u pixels, relative to RMax's own root mean square.
-
-    sqrt(E[(RMax(T_u x) - RMax(x))^2] / E[RMax^2]), under 1 and 2 and with an envelope that does not change under the
-    shift: the phase advances by <theta, u> everywhere, and CMod does not change at all. No bound but the value itself;
-    what a slowly varying envelope multiplies cancels. From 0 to 2, the latter for one phase alone turned by pi.
-
-    Between the places where RMax, before or after the shift, turns to another position of the window, both are cosines.
-    With a and b their difference and the difference of their slopes in the middle of such a piece of length L,
-    E[(difference)^2] / CMod^2 = 1/(4 pi) * sum over the pieces of (a^2 (L + sin L) + b^2 (L - sin L)).
-
-    Args:
-        frequency: (..., 2) centre frequencies, radians per pixel.
-        shift: (..., 2) displacement u of the image, pixels, any sign and fraction.
-        stride, window: as `expected_max`.
-    Returns:
-        (...) float64.
-    Raises:
-        ValueError: as `expected_max`, and shift is not (..., 2).
-    Example:
-        >>> round(max_shift_change((0.0, 0.0), (0.0, 1.0), stride=2).item(), 4)  # a phase that does not advance
-        0.0
-    """
-    frequency, shift = _vectors("frequency", frequency), _vectors("shift", shift)
-    frequency, shift = torch.broadcast_tensors(frequency, shift.to(frequency.device))
-    advance = (frequency * shift).sum(dim=-1, keepdim=True)
-    phases = _phases(frequency, stride, window)
-    turning = phases + _gaps(phases) / 2  # midway between two phases RMax turns from one to the other
-    pieces = torch.cat([turning, turning - advance], dim=-1).remainder(TURN).sort(dim=-1).values
-    length = _gaps(pieces)
-    middle = pieces + length / 2
-    before = _signed_distance(middle, phases, turning)
-    after = _signed_distance(middle + advance, phases, turning)
-    value, slope = after.cos() - before.cos(), after.sin() - before.sin()
-    square = value.square() * (length + length.sin()) + slope.square() * (length - length.sin())
-    square = square.sum(dim=-1) / (2 * TURN) / expected_max_square(frequency, stride, window)
-    return square.clamp_min(0).sqrt()
-
-
-def frequency_map(stride: int | Sequence[int], window: int | Sequence[int] = 3, size: int = 129) -> FrequencyMap:
-    """`expected_gap` and `expected_max` over the whole plane [-pi, pi]^2 of centre frequencies.
-
-    Args:
-        stride, window: as `expected_max`.
-        size: odd number of frequencies per axis, so that 0 is one of them; memory grows as size^2 * window^2.
-    Raises:
-        ValueError: size is even or below 3, or as `expected_max`.
-    Example:
-        >>> frequency_map(stride=2).expected_gap.shape
-        torch.Size([129, 129])
-    """
-    if size < 3 or size % 2 == 0:
-        raise ValueError(f"expected an odd size of at least 3, got {size=}")
-    half = size // 2
-    axis = torch.arange(-half, half + 1, dtype=torch.float64) / half * math.pi  # exactly 0 and exactly +-pi
-    plane = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
-    return FrequencyMap(axis, expected_gap(plane, stride, window), expected_max(plane, stride, window))
-
-
-def _phases(frequency: Tensor, stride: int | Sequence[int], window: int | Sequence[int]) -> Tensor:
+def phases(frequency: Tensor, stride: int | Sequence[int], window: int | Sequence[int]) -> Tensor:
     """(..., n) phases of a window's n positions, sorted, in [0, 2 pi].
 
     Equal phases stay apart by a rounding, also across 0: that leaves gaps of about 0, which count for nothing.
     """
-    omega = frequency * frequency.new_tensor(_pair("stride", stride))
-    steps = [torch.arange(count, dtype=omega.dtype, device=omega.device) for count in _pair("window", window)]
+    omega = frequency * frequency.new_tensor(_positive_pair("stride", stride))
+    steps = [torch.arange(count, dtype=omega.dtype, device=omega.device) for count in _positive_pair("window", window)]
     position = torch.cartesian_prod(*steps)  # only differences of phases matter, so no position need be the centre
     return (omega @ position.T).remainder(TURN).sort(dim=-1).values
 
 
-def _gaps(points: Tensor) -> Tensor:
+def gaps(points: Tensor) -> Tensor:
     """(..., n) distances from each of the sorted points on the circle to the next, the last one to the first."""
     return torch.cat([points[..., 1:], points[..., :1] + TURN], dim=-1) - points
 
 
-def _signed_distance(angle: Tensor, phases: Tensor, turning: Tensor) -> Tensor:
-    """(..., k) angles minus the nearest of the phases (..., n) on the circle, `turning` the middles between those."""
-    start = turning[..., -1:] - TURN
-    angle = (angle - start).remainder(TURN) + start
-    nearest = torch.searchsorted(turning.contiguous(), angle.contiguous()).clamp_max(phases.shape[-1] - 1)
-    return angle - phases.gather(-1, nearest)
+def vectors(name: str, value: Vectors) -> Tensor:
+    """(..., 2) float64; ValueError for anything else."""
+    found = torch.as_tensor(value, dtype=torch.float64)
+    if found.ndim == 0 or found.shape[-1] != 2:
+        raise ValueError(f"expected {name} of shape (..., 2), (y, x), got {tuple(found.shape)}")
+    return found
 
 
-def _vectors(name: str, value: Vectors) -> Tensor:
-    vectors = torch.as_tensor(value, dtype=torch.float64)
-    if vectors.ndim == 0 or vectors.shape[-1] != 2:
-        raise ValueError(f"expected {name} of shape (..., 2), (y, x), got {tuple(vectors.shape)}")
-    return vectors
-
-
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    values = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(values) != 2 or not all(isinstance(number, int) and number >= 1 for number in values):
+def _positive_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    values = pair(value)
+    if not all(isinstance(number, int) and number >= 1 for number in values):
         raise ValueError(f"expected {name} a positive integer or a pair (y, x) of them, got {value!r}")
     return values

@@ -102,8 +102,6 @@ def packet_kernels(kernel_size: int = 7, depth: int = 2, wavelet: str = "qshift_
         wavelet: a q-shift family, as for `dtcwpt_filters`.
     Returns:
         PacketKernels. The result is kept for the next call: do not write into it.
-    Raises:
-        ValueError: an argument is out of range.
     Reference: Leterme et al., arXiv 2212.00394 ("paper 2"), and hubert-leterme/wcnn for the packets it keeps.
     """
     if depth not in DEPTHS:
@@ -169,15 +167,7 @@ def _fit(filters: PacketFilters, rows: Tensor, starts: Tensor, kernel_size: int)
 # --- banks ------------------------------------------------------------------------------------------------------------
 
 
-def wavelet_bank(
-    num_channels: int,
-    in_channels: int = 3,
-    kernel_size: int = 7,
-    depth: int = 2,
-    *,
-    wavelet: str = "qshift_a",
-    color_mix: Tensor | None = None,
-) -> Tensor:
+def wavelet_bank(num_channels: int, in_channels: int = 3, kernel_size: int = 7, depth: int = 2) -> Tensor:
     """Real filters, each one wavelet packet times one colour: the counterpart of `gabor_bank` for modulus channels.
 
     Packets are taken from the lowest frequency on, where natural images have the most energy, in whole orbits where the
@@ -189,8 +179,7 @@ def wavelet_bank(
     Args:
         num_channels: number of filters.
         in_channels: 3 for colour images; for other numbers above 1 the single channels stand for the opponent colours.
-        kernel_size, depth, wavelet: as for `packet_kernels`.
-        color_mix: (num_channels, in_channels) colour of each filter, of any length; default as above.
+        kernel_size, depth: as for `packet_kernels`.
     Returns:
         (num_channels, in_channels, kernel_size, kernel_size) float32, each filter of norm 1, each of its slices of
         sum 0.
@@ -203,21 +192,15 @@ def wavelet_bank(
     """
     if num_channels < 1 or in_channels < 1:
         raise ValueError(f"expected at least 1 channel, got {num_channels=}, {in_channels=}")
-    packets = packet_kernels(kernel_size, depth, wavelet)
+    packets = packet_kernels(kernel_size, depth)
     rows = _choose(packets.orbit, num_channels)
-    if color_mix is None:
-        color_mix = _colors(packets.orbit[rows], len(packets), in_channels)
-    if color_mix.shape != (num_channels, in_channels) or not (color_mix.norm(dim=1) > 0).all():
-        raise ValueError(
-            f"expected a color_mix of shape {(num_channels, in_channels)} without zero rows, got {color_mix!r:.200}"
-        )
-    color_mix = color_mix.detach().to("cpu", torch.float64)
-    color_mix = color_mix / color_mix.norm(dim=1, keepdim=True)
-    return torch.einsum("ci,cyx->ciyx", color_mix, packets.kernels[rows]).float()
+    colors = _colors(packets.orbit[rows], len(packets), in_channels)
+    colors = colors / colors.norm(dim=1, keepdim=True)
+    return torch.einsum("ci,cyx->ciyx", colors, packets.kernels[rows]).float()
 
 
 def max_channels(in_channels: int, kernel_size: int, depth: int) -> int:
-    """How many filters `wavelet_bank` has without a color_mix: the packets times the colours."""
+    """How many filters `wavelet_bank` has: the packets times the colours."""
     return len(packet_kernels(kernel_size, depth)) * (1 + len(_opponents(in_channels)))
 
 
@@ -238,8 +221,7 @@ def _colors(orbit: Tensor, num_packets: int, in_channels: int) -> Tensor:
     most = num_packets * (1 + len(others))
     if len(orbit) > most:
         raise ValueError(
-            f"expected at most {most} channels ({num_packets} packets in {1 + len(others)} colours), got {len(orbit)}: "
-            "give a color_mix"
+            f"expected at most {most} channels ({num_packets} packets in {1 + len(others)} colours), got {len(orbit)}"
         )
     rounds = torch.arange(len(orbit)) // num_packets
     return torch.stack(

@@ -19,11 +19,7 @@ PART_BYTES = 8 * 2**20  # of a map at a time, on a CPU: what stays in its cache 
 
 
 def modulus(z: Tensor) -> Tensor:
-    """|z| = sqrt(re^2 + im^2) in float32 or better.
-
-    Args:
-        z: (N, 2n, ...), the n real parts and then the n imaginary parts.
-    """
+    """|z| = sqrt(re^2 + im^2) in float32 or better; `z` has (N, 2n, ...), n real parts and then n imaginary parts."""
     return _Modulus.apply(z) if is_eager() else _safe_root(_energy(z))
 
 

@@ -56,7 +56,7 @@ def normalize(
     bias: Tensor | None,
     sign: Tensor | None,
 ) -> list[Tensor]:
-    """Apply the norm layer (or the bias alone) to pooled channels; update the running statistics.
+    """Apply the norm layer (or the bias alone) to pooled channels, before their activation; update running statistics.
 
     Args:
         parts: from `convolve_and_pool`, with moments exactly if `uses_batch_statistics(norm)`.
@@ -64,8 +64,6 @@ def normalize(
         norm: the stem's norm layer, or None.
         bias: (C_out,) of the convolution, without the sign, or None; real channels already hold it.
         sign: `sign_of_scale(norm)`.
-    Returns:
-        The parts, before the activation.
     """
     moments = [part.moments for part in parts]
     if _spans_processes(norm):

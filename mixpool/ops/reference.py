@@ -87,7 +87,7 @@ def convolve_and_pool(
     with_moments: bool = False,
     images_at_a_time: int | None = None,
 ) -> list[Pooled]:
-    """Convolve and pool each channel by its pooling; the affine step, the activation and the merge are the caller's.
+    """Convolve and pool channels, group after group; the affine step, the activation and the merge are the caller's.
 
     Args:
         x: images, (N, C_in, H, W), any float dtype, any strides.
@@ -98,8 +98,6 @@ def convolve_and_pool(
         conv, pool: the geometry of the stem.
         with_moments: also return batch statistics.
         images_at_a_time: how many images' maps exist at a time, without moments; None for all.
-    Returns:
-        Pooled channels, group after group.
     """
     entries = [POOLINGS[group.pooling] for group in groups]
     # On CPU, PyTorch pools channels_last tensors about ten times faster. Real poolings alone convolve in the layout

@@ -80,7 +80,8 @@ def measure(
     if count == 0:
         raise ValueError("expected at least one image, got none")
     by_max, by_modulus = (torch.cat(kept, dim=1) for kept in samples)
-    gain, offset = _least_squares(by_modulus, by_max, with_offset=_can_shift(stem))
+    bias = stem.bias if stem.bn is None else stem.bn.bias
+    gain, offset = _least_squares(by_modulus, by_max, with_offset=bias is not None)
     fitted = stem.act(by_modulus * gain[:, None] + offset[:, None])
     return Fits(index, gain, offset, _correlation(fitted, stem.act(by_max)))
 
@@ -131,9 +132,9 @@ def calibrate(stem: MixPoolStem, fits: Fits) -> bool:
     bit; the gain and the offset go to the buffer `calibration`, from which a reloaded model gets them back within
     rounding.
     """
-    usable = (fits.gain > 0.05) & torch.isfinite(fits.gain) & torch.isfinite(fits.offset)
-    if not _can_scale(stem):
+    if stem.bn is not None and stem.bn.weight is None:  # nothing there to scale
         return False
+    usable = (fits.gain > 0.05) & torch.isfinite(fits.gain) & torch.isfinite(fits.offset)
     index = fits.index[usable].to(stem.weight.device)
     gain, offset = (v[usable].to(stem.weight.device, torch.float32) for v in (fits.gain, fits.offset))
     stem.calibration[index] = torch.stack([gain, offset], dim=1).to(stem.calibration.dtype)
@@ -181,14 +182,6 @@ def _apply(name: str, tensor: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
 def _undo(name: str, tensor: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
     shifted = tensor - offset if name.endswith("bias") else tensor
     return (shifted / gain.reshape(-1, *[1] * (tensor.ndim - 1))).to(tensor.dtype)
-
-
-def _can_scale(stem: MixPoolStem) -> bool:
-    return stem.bn is None or stem.bn.weight is not None
-
-
-def _can_shift(stem: MixPoolStem) -> bool:
-    return (stem.bias if stem.bn is None else stem.bn.bias) is not None
 
 
 def _least_squares(x: Tensor, y: Tensor, with_offset: bool) -> tuple[Tensor, Tensor]:

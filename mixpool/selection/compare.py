@@ -13,8 +13,8 @@ Over all images and output positions of a channel, ||.|| the root of the sum of 
     instability of X  ||X(T_u x) - X(x)|| / ||X(x)||, X one of R, M, B, and T_u x the image moved by u
 
 Each norm runs over the whole set, so bright and busy images count for more; no mean is subtracted but in the
-correlation. (`stability.relative_change` divides by the standard deviation instead.) Cut the maps to positions that no
-border has touched before pooling them: zero padding is no part of these definitions.
+correlation. (`evaluation.shifts` divides by the standard deviation instead.) Cut the maps to positions that no border
+has touched before pooling them: zero padding is no part of these definitions.
 
 Legend: N images, C channels, (H, W) of the maps, (h, w) after pooling, S shifts.
 """
@@ -68,8 +68,6 @@ def pool_both(real: Tensor, imag: Tensor, window: int = 3) -> Poolings:
         window: 3, or 2, where the centre is the upper left position and the mean has equal weights.
     Returns:
         Poolings; h = (H - window) // 2 + 1.
-    Raises:
-        ValueError: another window, or maps of two shapes, not 4-D, or smaller than a window.
     """
     if window not in (2, 3):
         raise ValueError(f"expected a window of 2 or 3, got {window=}")
@@ -129,11 +127,7 @@ class Comparison:
         self._take(sums, changes, before.max.numel() // before.max.shape[1])
 
     def update(self, other: Comparison) -> None:
-        """Take in all that another comparison has seen.
-
-        Raises:
-            ValueError: nothing was added to it, or it has another number of shifts or channels.
-        """
+        """Take in what another comparison has seen; ValueError if that is nothing, or of other shifts or channels."""
         if other._count == 0:
             raise ValueError("expected a comparison that maps were added to, got an empty one")
         self._take(other._sums, other._changes, other._count)
@@ -149,60 +143,24 @@ class Comparison:
         self._count += count
 
     def result(self) -> PoolingStats:
-        """The definitions, over everything that was added.
-
-        Raises:
-            ValueError: nothing was added.
-        """
+        """The definitions, over everything that was added; ValueError if nothing was."""
         if self._count == 0:
             raise ValueError("expected maps to compare, got none: call add() first")
-        return _stats(self._sums, self._changes, self._sums.new_tensor(self._count))
+        mean_r, mean_m, mean_b, rr, mm, bb, rm, rb, difference = self._sums / self._count
+        changes = (self._changes / self._count).unbind(dim=1)
 
+        def correlation(product: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+            covariance = product - mean_r * mean
+            variances = rr - mean_r.square(), square - mean.square()
+            varies = (variances[0] > CONSTANT * rr) & (variances[1] > CONSTANT * square)
+            return torch.where(varies, covariance / (variances[0] * variances[1]).sqrt(), torch.nan).clamp(-1, 1)
 
-def resample(parts: Sequence[Comparison], draws: int, seed: int = 0) -> PoolingStats:
-    """Bootstrap: what comparisons find that put together as many parts, drawn with replacement.
-
-    Args:
-        parts: comparisons of disjoint sets of images, of equal channels and shifts.
-        draws: how many.
-        seed: of the draws.
-    Returns:
-        PoolingStats with a first dimension of length `draws`: (draws, C), and (draws, S, C) for the instabilities.
-    Raises:
-        ValueError: there is no part, nothing was added to one, or parts differ in shifts or channels.
-    """
-    if not parts or any(part._count == 0 for part in parts):
-        raise ValueError(f"expected comparisons that maps were added to, got {[part._count for part in parts]}")
-    if len({part._changes.shape for part in parts}) > 1:
-        raise ValueError(f"expected equal shifts and channels, got {[tuple(part._changes.shape) for part in parts]}")
-    sums = torch.stack([part._sums for part in parts])  # on the CPU, whatever the default device
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(parts), (draws, len(parts)), generator=generator, device=sums.device)
-    times = sums.new_zeros(draws, len(parts))
-    times.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
-    changes = torch.tensordot(times, torch.stack([part._changes for part in parts]), dims=1)
-    counts = times @ sums.new_tensor([part._count for part in parts])
-    sums = torch.tensordot(times, sums, dims=1)
-    return _stats(sums, changes, counts)
-
-
-def _stats(sums: Tensor, changes: Tensor, count: Tensor) -> PoolingStats:
-    """The definitions, from sums (..., 9, C) and (..., S, 3, C) of a `Comparison` over `count` (...) values each."""
-    mean_r, mean_m, mean_b, rr, mm, bb, rm, rb, difference = (sums / count[..., None, None]).unbind(dim=-2)
-
-    def correlation(product: Tensor, mean: Tensor, square: Tensor) -> Tensor:
-        covariance = product - mean_r * mean
-        variances = rr - mean_r.square(), square - mean.square()
-        varies = (variances[0] > CONSTANT * rr) & (variances[1] > CONSTANT * square)
-        return torch.where(varies, covariance / (variances[0] * variances[1]).sqrt(), torch.nan).clamp(-1, 1)
-
-    changes = (changes / count[..., None, None, None]).unbind(dim=-2)
-    return PoolingStats(
-        _ratio(difference, mm),
-        correlation(rm, mean_m, mm),
-        correlation(rb, mean_b, bb),
-        *(_ratio(change, square[..., None, :]) for change, square in zip(changes, (rr, mm, bb), strict=True)),
-    )
+        return PoolingStats(
+            _ratio(difference, mm),
+            correlation(rm, mean_m, mm),
+            correlation(rb, mean_b, bb),
+            *(_ratio(change, square) for change, square in zip(changes, (rr, mm, bb), strict=True)),
+        )
 
 
 def _moments(maps: Poolings) -> Tensor:

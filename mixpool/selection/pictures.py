@@ -38,44 +38,26 @@ class ImageModel:
         brightness: mean brightness of a picture, spread evenly from -brightness to brightness, whatever its contrast.
     """
 
-    size_exponent: float
-    smallest: float
-    largest: float
-    rectangles: float
-    elongation: float
-    upright: float
-    color_tail: float
-    shading: float
-    texture: float
-    texture_spread: float
-    texture_exponent: float
-    texture_color: float
-    contrast_spread: float
-    sharpest: float
-    softest: float
-    contrast: float
-    brightness: float
+    size_exponent: float = 2.62
+    smallest: float = 6.0449
+    largest: float = 76.322
+    rectangles: float = 0.425
+    elongation: float = 0.9942
+    upright: float = 0.942
+    color_tail: float = 0.3634
+    shading: float = 0.1852
+    texture: float = 0.5977
+    texture_spread: float = 0.6795
+    texture_exponent: float = 0.8236
+    texture_color: float = 0.2758
+    contrast_spread: float = 0.7733
+    sharpest: float = 0.3153
+    softest: float = 0.7999
+    contrast: float = 0.4767
+    brightness: float = 1.7
 
 
-PHOTOGRAPHS = ImageModel(
-    size_exponent=2.62,
-    smallest=6.0449,
-    largest=76.322,
-    rectangles=0.425,
-    elongation=0.9942,
-    upright=0.942,
-    color_tail=0.3634,
-    shading=0.1852,
-    texture=0.5977,
-    texture_spread=0.6795,
-    texture_exponent=0.8236,
-    texture_color=0.2758,
-    contrast_spread=0.7733,
-    sharpest=0.3153,
-    softest=0.7999,
-    contrast=0.4767,
-    brightness=1.7,
-)
+PHOTOGRAPHS = ImageModel()  # the defaults are the fit to them
 # Covariance of (red, green, blue) over the pixels of photographs, normalised by ImageNet's mean and deviation.
 COLOR_COVARIANCE = ((1.25, 1.13, 0.99), (1.13, 1.26, 1.19), (0.99, 1.19, 1.38))
 LAYERS = 8  # leaves over a pixel on average; all but the last are hidden, and exp(-8) of the pixels have none
@@ -92,8 +74,6 @@ def dead_leaves(num_images: int, size: int, seed: int = 0, model: ImageModel = P
         model: the distribution of what is drawn.
     Returns:
         (num_images, 3, size, size) float32.
-    Raises:
-        ValueError: a number is not positive.
     Example:
         >>> from mixpool.selection.pictures import dead_leaves
         >>> tuple(dead_leaves(2, 64).shape)

@@ -12,19 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, Rectangle
 from torch import Tensor
 
-from mixpool.figures import (
-    MAX_COLOR,
-    MODULUS_COLOR,
-    MUTED,
-    TEXT,
-    blank_figure,
-)
+from mixpool.figures import MAX_COLOR, MODULUS_COLOR, MUTED, TEXT, blank_figure
 from mixpool.selection.plan import ChannelPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# --- the filter bank --------------------------------------------------------------------------------------------------
 
 
 def plot_filter_bank(weight: Tensor, plan: ChannelPlan) -> Figure:
@@ -34,8 +26,6 @@ def plot_filter_bank(weight: Tensor, plan: ChannelPlan) -> Figure:
         weight: (C, I, kH, kW) of the stem's convolution. RGB filters are drawn in colour, zero is mid-gray; with
             another number of inputs the strongest spatial pattern of the filter is drawn in gray.
         plan: of these channels.
-    Raises:
-        ValueError: the number of filters is not that of the plan.
     """
     if weight.ndim != 4 or len(weight) != len(plan.poolings):
         raise ValueError(f"expected a weight of {len(plan.poolings)} filters, got {tuple(weight.shape)}")
@@ -107,9 +97,3 @@ def _draw_frequency_plane(axes: Axes, plan: ChannelPlan) -> None:
     note = "dashed: a quarter wave per step of the convolution; square: Nyquist; faint: mirror images"
     axes.text(0.5, -0.205, note, transform=axes.transAxes, ha="center", size=7.5, color=MUTED)
     axes.legend(loc="lower center", bbox_to_anchor=(0.46, 0.965), ncols=2, frameon=False, fontsize=9, handletextpad=0.1)
-
-
-# --- the demo ---------------------------------------------------------------------------------------------------------
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------

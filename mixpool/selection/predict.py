@@ -3,7 +3,7 @@
 The theory's gamma (`theory.expected_gap`) sees a filter's centre frequency only; the envelope of a learned filter,
 whose band is as wide as the theory allows, varies inside the window and leaves a gap that gamma does not see. Here the
 whole filter counts: both its poolings run on a fixed set of synthetic pictures (`dead_leaves`) and are compared as they
-would be on photographs (`comparison`). No photograph is read, nothing is random, and a filter's scale does not matter.
+would be on photographs (`compare`). No photograph is read, nothing is random, and a filter's scale does not matter.
 
 Each picture also counts as its negative, which costs no convolution: without it the maximum would see more bright
 spots than dark ones, or fewer, by chance. How close this comes to photographs: `benchmarks/selecting/README.md`.
@@ -53,8 +53,6 @@ def predict(
         shift: (y, x) whole pixels, not negative, by which the picture moves for the instabilities.
     Returns:
         PoolingStats of (C,) float64 tensors, instabilities (1, C); NaN for a filter that is zero.
-    Raises:
-        ValueError: an argument is out of its range; the message shows it.
     Example:
         >>> from mixpool.selection.predict import predict
         >>> tuple(predict(torch.randn(8, 3, 7, 7), stride=2).gap.shape)

@@ -49,8 +49,6 @@ def choose(
     Returns:
         The plan, and the fits of the swapped channels for `calibrate`: on the images, or, for "auto" without images
         on a trained stem, on synthetic pictures; None if there is nothing to fold in.
-    Raises:
-        ValueError: an argument is none of the above; the message shows what came.
     """
     check_words(pooling, rest)
     if stem.weight.is_meta:

@@ -140,17 +140,9 @@ class AlexNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The feature maps of `feature_info`, after (last feature map, ...) unless `intermediates_only`.
+        """The maps of `feature_info`, by timm's arguments; after (last feature map, ...) unless `intermediates_only`.
 
-        Args:
-            x: images, (N, in_chans, H, W).
-            indices: which of the maps; a number for the last so many, None for all.
-            norm: without meaning here: there is no norm layer.
-            stop_early: run no layer behind the last map asked for.
-            output_fmt: "NCHW".
-            intermediates_only: leave out the last feature map.
-        Raises:
-            ValueError: another `output_fmt`.
+        `norm` means nothing here, where no norm layer is; ValueError for another `output_fmt` than "NCHW".
         """
         if output_fmt != "NCHW":
             raise ValueError(f'expected output_fmt="NCHW", got {output_fmt!r}')

@@ -127,7 +127,6 @@ def load_model(
     *,
     pretrained: bool = False,
     num_classes: int | None = None,
-    use_ema: bool = True,
 ) -> nn.Module:
     """A model by name, in evaluation mode, with the weights of a file: of a stock model or of a converted one.
 
@@ -138,14 +137,13 @@ def load_model(
         name: as for `create_model`.
         file: the checkpoint, or None for random or pretrained weights.
         num_classes: counts more than what the file says.
-        use_ema: take the moving average of the weights, if the file has one.
     Raises:
         FileNotFoundError: no such file.
         ValueError: no such model, or the file does not fit it.
     """
     if file is None:
         return create_model(name, pretrained=pretrained, num_classes=num_classes)
-    checkpoint = file if isinstance(file, Checkpoint) else read_checkpoint(file, use_ema=use_ema)
+    checkpoint = file if isinstance(file, Checkpoint) else read_checkpoint(file)
     built, arguments = checkpoint.built_as(name)
     if num_classes is not None:
         arguments["num_classes"] = num_classes
@@ -222,18 +220,16 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> Checkpoint:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     arch, settings = entries.get("arch"), entries.get("args")
+    if isinstance(settings, argparse.Namespace):
+        settings = vars(settings)
     return Checkpoint(
         path=path,
         state=dict(state),
         is_average=taken in AVERAGES,
         has_average=any(name in AVERAGES for name in present),
         arch=arch if isinstance(arch, str) else None,
-        settings=vars(settings) if isinstance(settings, argparse.Namespace) else _as_mapping(settings),
+        settings=settings if isinstance(settings, Mapping) else None,
     )
-
-
-def _as_mapping(value: Any) -> Mapping[str, Any] | None:
-    return value if isinstance(value, Mapping) else None
 
 
 def _bare(name: str) -> str:

@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 from timm.layers import BlurPool2d
-from timm.models import (
-    DenseNet,
-    ResNet,
-)
+from timm.models import DenseNet, ResNet
 from torch import Tensor, nn
 
 from mixpool.conversion.convert import convert, revert

@@ -20,11 +20,7 @@ MOMENTS = {"sgd": 1, "momentum": 1, "nesterov": 1, "lion": 1, "lars": 1, "rmspro
 
 
 def count_outputs(model: nn.Module, images: Tensor) -> int:
-    """The number of logits that a model gives for some images.
-
-    Raises:
-        ValueError: its output is no (N, classes) table of finite numbers.
-    """
+    """How many logits a model gives for some images; ValueError if its output is no (N, classes) of finite numbers."""
     with evaluating(model):
         out = logits_of(model, images)
     if not torch.isfinite(out).all():

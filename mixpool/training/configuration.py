@@ -7,26 +7,15 @@ ignores a key it does not know, this raises.
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mixpool.ops.renamed import SPELLED_NOW, spelled
 from mixpool.training.options import GROUPS, OPTIONS, TIMM_ONLY, Option
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a run: defaults, then the YAML file of `-c`, then the command line.
-
-    Raises:
-        ValueError: an unknown key, or a value of the wrong kind; the message names the key and what was expected.
-        FileNotFoundError: no such configuration.
-    """
-    parser = Parser(prog="mixpool train", allow_abbrev=False)
-    add_options(parser)
-    return complete(vars(parser.parse_args(arguments)))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +28,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def complete(given: Mapping[str, Any]) -> argparse.Namespace:
-    """What was given on the command line, filled up from its configuration and the defaults; errors as for `parse`."""
+    """What was given on the command line, filled up from its YAML file (`config`) and the defaults.
+
+    Raises:
+        ValueError: an unknown key, or a value of the wrong kind; the message names the key and what was expected.
+        FileNotFoundError: no such configuration.
+    """
     config = given.get("config")
-    settings = {name: _copy(option.default) for name, option in OPTIONS.items()}
+    settings = {name: copy.copy(option.default) for name, option in OPTIONS.items()}
     settings |= {} if config is None else read_config(config)
     settings |= {name: value for name, value in given.items() if name in OPTIONS}
     settings["config"] = config
@@ -93,12 +87,7 @@ class _Pairs(argparse.Action):
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file, each of the kind it has to be.
-
-    Raises:
-        ValueError: the file is no YAML mapping, or has an unknown key or a value of the wrong kind.
-        FileNotFoundError: no such file.
-    """
+    """The options in a YAML file, each of the kind it has to be; errors as for `complete`."""
     import yaml
 
     path = Path(path)
@@ -200,10 +189,6 @@ def _check_renamed(settings: dict[str, Any]) -> None:
         value = arguments[name]
         now = spelled(SPELLED_NOW[name], value)
         raise ValueError(f"{name} is a word of version 0.1: instead of {name}={value} write {now}")
-
-
-def _copy(value: Any) -> Any:
-    return value.copy() if isinstance(value, (list, dict)) else value
 
 
 def _shown(value: Any) -> str:

@@ -231,11 +231,7 @@ def first_images(loader, data_config: dict[str, Any], count: int) -> Tensor:
 
 
 def evaluation_images(images: Images, data_config: dict[str, Any], count: int) -> Tensor:
-    """(count, C, H, W) images, evenly spread over a data set, under the evaluation's transform.
-
-    Raises:
-        ValueError: it is a stream, or has fewer.
-    """
+    """(count, C, H, W) images, evenly spread over a data set, as in an evaluation; ValueError if it has fewer."""
     from timm.data import create_transform
 
     if isinstance(images, IterableDataset):

@@ -80,6 +80,8 @@ def train_one_epoch(run: Run, *, save: Callable[[], None], log: Callable[[str], 
 
 def _step(run: Run, images: torch.Tensor, labels: torch.Tensor, accumulated: int, is_update: bool) -> torch.Tensor:
     """Forward, backward and, if it is time, the update; returns the mean loss of this process's images."""
+    from timm.utils import dispatch_clip_grad
+
     options = run.options
     images = images.to(run.device, non_blocking=True)
     labels = labels.to(run.device, non_blocking=True)
@@ -100,18 +102,12 @@ def _step(run: Run, images: torch.Tensor, labels: torch.Tensor, accumulated: int
         else:
             (loss / accumulated).backward()
             if is_update:
-                _clip(parameters, options)
+                if options.clip_grad is not None:
+                    dispatch_clip_grad(parameters, value=options.clip_grad, mode=options.clip_mode)
                 run.optimizer.step()
     if is_update:
         run.optimizer.zero_grad()
     return loss.detach()
-
-
-def _clip(parameters, options) -> None:
-    from timm.utils import dispatch_clip_grad
-
-    if options.clip_grad is not None:
-        dispatch_clip_grad(parameters, value=options.clip_grad, mode=options.clip_mode)
 
 
 def validate(run: Run, *, ema: bool = False, limit: int = 0) -> dict[str, float]:

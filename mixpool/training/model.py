@@ -18,11 +18,7 @@ from mixpool.timm_models.loading import is_timm_model, load_model, one_line, rea
 
 
 def build_model(options) -> nn.Module:
-    """The model of the options on the CPU, with its starting weights, before any conversion by the key `convert`.
-
-    Raises:
-        ValueError: no such model, or weights that cannot be had or do not fit.
-    """
+    """The model on the CPU with its starting weights, before the key `convert`; ValueError if these cannot be had."""
     for name in options.device_modules or ():
         try:
             importlib.import_module(name)

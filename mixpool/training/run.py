@@ -86,11 +86,7 @@ class Run:
 
 
 def set_up(options, device: torch.device, rank: int, world_size: int) -> Run:
-    """Build everything and check that it fits together, before the first step.
-
-    Raises:
-        ValueError, FileNotFoundError: data, classes, model, weights or options do not fit; the message says which.
-    """
+    """Build everything and check that it fits together, before the first step; the error says what does not."""
     from timm.utils import random_seed
 
     random_seed(options.seed, rank=0)  # the same weights on all processes

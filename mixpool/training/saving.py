@@ -23,12 +23,7 @@ WRITTEN = (state_file.LAST, state_file.BEST, RECORD, "summary.csv", "curves.png"
 
 @contextlib.contextmanager
 def own_folder(run: Run) -> Iterator[None]:
-    """The folder of a run, for this run alone; cleared by `restart`.
-
-    Raises:
-        ValueError: another run is writing to it.
-        OSError: it cannot be written.
-    """
+    """The folder of a run, for this run alone; cleared by `restart`. ValueError if another run is writing to it."""
     if not run.is_primary:
         _barrier(run)
         yield
@@ -53,11 +48,7 @@ def own_folder(run: Run) -> Iterator[None]:
 
 
 def save(run: Run, also_as_best: bool = False) -> None:
-    """Write the state of all processes; only the first one writes, all have to call.
-
-    Raises:
-        DivergedError: a weight is not finite; nothing is written.
-    """
+    """Write the state of all processes, which all have to call this; DivergedError if a weight is not finite."""
     _check_finite(run)
     mine = {
         "generators": state_file.generator_states(run.device),
@@ -96,9 +87,7 @@ def save(run: Run, also_as_best: bool = False) -> None:
 def resume(run: Run, log: Callable[[str], None]) -> None:
     """Go back to the state of the folder's last checkpoint, or of the file `resume` where the folder has none.
 
-    Raises:
-        ValueError: it belongs to another run, to another number of processes, or is not the same for all of them.
-        FileNotFoundError: the file `resume` does not exist.
+    ValueError if it is of another run or number of processes, or not the same for all of them.
     """
     path = run.folder / state_file.LAST
     if run.options.resume and not path.exists():
@@ -164,11 +153,7 @@ def _check_finite(run: Run) -> None:
 
 
 def _check_all_see(run: Run, path: Path) -> None:
-    """All processes have to start from the same file: only the first one writes it, on the disk of its own node.
-
-    Raises:
-        ValueError: some processes have the file and some do not, or it differs.
-    """
+    """Raise ValueError unless all processes see the same file: only the first one writes it, on its own node's disk."""
     about = path.stat() if path.exists() else None
     everyone = _from_all(run, None if about is None else (about.st_size, about.st_mtime_ns))
     if any(other != everyone[0] for other in everyone):

@@ -14,12 +14,7 @@ FEW = 3  # names that a message shows
 
 
 def open_splits(options) -> tuple[Images | IterableDataset, Images | IterableDataset]:
-    """Both splits, as timm reads them, without transforms.
-
-    Raises:
-        FileNotFoundError: `data_dir` or the class map is missing.
-        ValueError: a split cannot be opened, is not there, or is the other one; or images are not of the class map.
-    """
+    """Both splits, as timm reads them, without transforms; the error says what is missing, or if both are the same."""
     kind = options.dataset.partition("/")[0].lower() if "/" in options.dataset else ""
     if options.data_dir is None and kind not in ("hfds", "hfids", "torch", "tfds"):
         raise ValueError("expected data_dir, the folder of the data set: give --data-dir DIR")
@@ -76,11 +71,7 @@ def classes_of(images: Any) -> dict[str, int] | None:
 
 
 def check_classes(train: Any, val: Any, num_outputs: int, has_class_map: bool) -> None:
-    """Compare the classes of both splits with each other and with the model's outputs.
-
-    Raises:
-        ValueError: they do not fit; the message says what to change.
-    """
+    """Raise ValueError, with what to change, if both splits' classes do not fit each other or the model's outputs."""
     names, val_names = classes_of(train), classes_of(val)
     if names is None:
         return

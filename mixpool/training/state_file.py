@@ -49,11 +49,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint of ours.
-
-    Raises:
-        ValueError: the file is damaged, or not a checkpoint of `mixpool train`.
-    """
+    """The state in a checkpoint of ours; ValueError if the file is damaged or something else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise anything from EOFError to UnpicklingError

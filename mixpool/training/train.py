@@ -32,7 +32,7 @@ def train(options) -> dict[str, Any]:
     (one row per epoch), curves.png and, at the end, record.jsonl.
 
     Args:
-        options: what `mixpool.training.configuration.parse` returns.
+        options: what `mixpool.training.configuration.complete` returns.
     Raises:
         ValueError, FileNotFoundError: something does not fit; known before the first step.
         DivergedError: a ValueError, too: the loss or a weight is not finite; the last checkpoint is from before that.

@@ -11,15 +11,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from one_sided import energies, side_of
 from support import assert_close
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.selecting import partner, run
-from benchmarks.selecting.partner import hilbert_partner
+from benchmarks.selecting.partner import hilbert_partner, wrong_side_energy
 from benchmarks.selecting.selection import gabor, slow_share
 from mixpool import analytic_partner, records
 from mixpool.filters.gabor import gabor_bank
-from mixpool.filters.partner import PRIOR_SIZE, partner_prior, wrong_side_energy
 from mixpool.filters.spectrum import center_frequency
 
 
@@ -61,12 +61,6 @@ def test_the_image_prior_is_taken_back():
     assert torch.equal(analytic_partner(weight, direction), before)
 
 
-def side_of(fy: np.ndarray, fx: np.ndarray, direction: Tensor, size: int = PRIOR_SIZE) -> np.ndarray:
-    """The sign of <xi, direction>; in the bins that the dividing line cuts, rising from -1 to 1 across one bin."""
-    dy, dx = direction.tolist()
-    return np.clip((fy * dy + fx * dx) / math.hypot(dy, dx) / (math.pi / size), -1, 1)
-
-
 @pytest.mark.parametrize("size", [(7, 7), (8, 8), (4, 9)], ids=str)
 def test_hilbert_partner_is_the_cropped_directional_transform(size):
     """By plain sums: V(n) = sum over xi of -i sgn<xi, d> W^(xi) exp(i <xi, n>) on the odd grid."""
@@ -87,12 +81,16 @@ def test_hilbert_partner_takes_the_centre_frequency_and_keeps_the_dtype():
     assert torch.equal(found, hilbert_partner(weight, center_frequency(weight)))
 
 
-def total_energy(weight: Tensor, partner: Tensor) -> Tensor:
-    """(C,) energy of W + iV under the prior."""
-    axis = 2 * math.pi * torch.fft.fftfreq(PRIOR_SIZE, dtype=torch.float64)
-    prior = partner_prior(torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1))
-    spectrum = torch.fft.fft2(torch.complex(weight, partner), s=(PRIOR_SIZE, PRIOR_SIZE))
-    return (spectrum.abs().square().sum(dim=1) * prior).sum(dim=(1, 2))
+def test_wrong_side_energy():
+    weight = torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    direction = torch.randn(4, 2, dtype=torch.float64)
+    partner = torch.randn_like(weight)
+    wrong, total = energies(weight, partner, direction)
+    assert_close("share", wrong_side_energy(weight, partner, direction), wrong / total)
+    real = wrong_side_energy(weight, torch.zeros_like(weight), direction)
+    assert_close("real filter", real, torch.full((4,), 0.5))
+    mirrored = wrong_side_energy(weight, partner, -direction)
+    assert_close("other side", mirrored, 1 - wrong / total)
 
 
 @pytest.mark.parametrize("size, sigma", [((7, 7), 1.6), ((8, 8), 1.8), ((5, 11), 1.4), ((7, 7), None)], ids=str)
@@ -109,7 +107,7 @@ def test_least_squares_partner_is_no_worse_than_the_cropped_hilbert_partner(size
         weight = torch.stack(banks)[:, None].double()
     partners = analytic_partner(weight, direction), hilbert_partner(weight, direction)
     share, share_cropped = (wrong_side_energy(weight, v, direction) for v in partners)
-    wrong, wrong_cropped = (s * total_energy(weight, v) for s, v in zip((share, share_cropped), partners, strict=True))
+    wrong, wrong_cropped = (energies(weight, v, direction)[0] for v in partners)
     # The optimum of the least squares, hence without exception; the shares differ in the total energy as well.
     assert (wrong <= wrong_cropped * (1 + 1e-9)).all()
     assert (share <= share_cropped + 0.005).all()

@@ -8,12 +8,13 @@ import pytest
 import torch
 from support import assert_close
 
+from benchmarks.kit.dtcwpt import DTCWPT
 from benchmarks.theory import experiment as experiments
 from benchmarks.theory.experiment import run_experiment, smallest_photo
 from benchmarks.theory.tables import summary_rows, summary_text
 from benchmarks.theory.translated import translated
 from mixpool import records
-from mixpool.filters.packets import DTCWPT, dtcwpt_filters
+from mixpool.filters.packets import dtcwpt_filters
 from mixpool.selection.compare import PoolingStats
 
 SHIFTS = (0.5, 1, 2)

@@ -11,7 +11,7 @@ import tiny_models  # noqa: F401  the small network of these tests, in timm's re
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from training_runs import arguments as arguments_of_run
+from training_runs import options as options_of_run
 
 from mixpool import convert, records
 from mixpool.cli.evaluate import DESCRIPTION, EXAMPLES, add_options, run
@@ -19,7 +19,6 @@ from mixpool.evaluation.evaluate import evaluate
 from mixpool.evaluation.model_input import ModelInput, find_model_input
 from mixpool.filters.gabor import gabor_bank
 from mixpool.timm_models.loading import load_model, read_checkpoint
-from mixpool.training.configuration import parse as parse_run
 from mixpool.training.options import OPTIONS
 from mixpool.training.train import train
 
@@ -212,7 +211,7 @@ def test_the_moving_average_is_taken_and_told(data, tmp_path, capsys):
     model, average = model_of(), model_of()
     path = training_checkpoint(tmp_path / "last.pth.tar", model, average, num_classes=2)
     assert same_outputs(load_model(NAME, path), average) and not same_outputs(load_model(NAME, path), model)
-    assert same_outputs(load_model(NAME, path, use_ema=False), model)
+    assert same_outputs(load_model(NAME, read_checkpoint(path, use_ema=False)), model)
     # As timm takes it.
     assert same_outputs(timm.create_model(NAME, num_classes=2, checkpoint_path=path), load_model(NAME, path))
     assert torch.equal(read_checkpoint(path).state["head.weight"], average.head.weight)
@@ -249,7 +248,7 @@ def test_a_run_is_evaluated_as_it_validated(photos, tmp_path):
     """The accuracy that `mixpool train` had of its own validation, of the weights and of their moving average."""
     settings = {"mean": (0.1, 0.2, 0.3), "std": (0.9, 0.5, 0.2), "crop_pct": 0.7, "img_size": 48, "lr": 0.3}
     settings |= {"model_ema": True, "model_ema_decay": 0.9, "epochs": 5, "model": "tiny_norm", "bn_eps": 0.01}
-    train(parse_run(arguments_of_run(photos, tmp_path, **settings)))
+    train(options_of_run(photos, tmp_path, **settings))
     (last,) = list(csv.DictReader((tmp_path / "run/summary.csv").open()))[-1:]
     path = tmp_path / "run/last.pth.tar"
     common = (f"tiny_norm={path}", "--data", photos, "--output", tmp_path, "--workers", 0, "--protocols", "accuracy")

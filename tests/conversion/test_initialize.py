@@ -228,8 +228,7 @@ def test_gabor_filters_for_the_modulus_are_fast_and_of_one_phase_each():
 def test_own_filters_and_the_same_parameter():
     model = timm.create_model("resnet18")
     weight, before = model.conv1.weight, model.conv1.weight.detach().clone()
-    mix = torch.tensor([[0.98, 1.31, 0.71]]).expand(10, 3)
-    report = initialize(model, wavelet_bank(10, color_mix=mix))
+    report = initialize(model, wavelet_bank(10) * torch.tensor([0.98, 1.31, 0.71])[:, None, None])
     assert report.num_complex == 10 and model.conv1.weight is weight
     assert_same_bits("free", weight[:-10], before[:-10])
     model = timm.create_model("resnet18")

@@ -46,9 +46,7 @@ def corners(frames):
         ("consistency-shared", 256, 2),
         ("circular", 256, 2),
         ("flips", 232, 25),
-        ("flips-raw", 232, 25),
         ("kl", 464, 49),
-        ("kl-raw", 464, 49),
     ],
 )
 def test_the_papers_sizes(name, side, frames):
@@ -58,11 +56,6 @@ def test_the_papers_sizes(name, side, frames):
     shapes = {frame.shape for frame in protocol.frames(images, [Place(0, 0), Place(1, 1)], 0)}
     assert shapes == {(2, 3, 224, 224)}
     assert len(list(protocol.frames(images[:1], [Place(0, 0)], 0))) == frames
-
-
-def test_only_the_raw_protocols_are_not_normalised():
-    made = {name: make(ModelInput()).is_normalized for name, make in PROTOCOLS.items()}
-    assert [name for name, is_normalized in made.items() if not is_normalized] == ["flips-raw", "kl-raw"]
 
 
 def test_the_frames_of_the_flips():
@@ -195,7 +188,7 @@ def test_flips_by_direction_and_distance():
 
 def test_kl_is_taken_from_the_first_frame():
     outputs = [torch.tensor([[float(k), 0.0]], dtype=torch.float64) for k in range(49)]
-    kl = KL(SIZE, is_normalized=False).measure(iter(outputs), torch.zeros(1))["kl_raw"]
+    kl = KL(SIZE).measure(iter(outputs), torch.zeros(1))["kl"]
     assert kl.shape == (1, 3, 16)
     expected = [0.5 * (0.5 / (torch.tensor([k, 0.0]).double().softmax(0))).log().sum() for k in range(1, 49)]
     assert kl.flatten().tolist() == pytest.approx([float(value) for value in expected])

@@ -10,15 +10,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from one_sided import energies, side_of, wrong_side_share
 from support import assert_close, gabor
 from torch import Tensor
 
 from mixpool import analytic_partner
 from mixpool.filters import partner
-from mixpool.filters.partner import PRIOR_SIZE, analytic_partner_map, apply_partner_map, wrong_side_energy
-from mixpool.filters.spectrum import (
-    center_frequency,
-)
+from mixpool.filters.partner import PRIOR_SIZE, analytic_partner_map, apply_partner_map
+from mixpool.filters.spectrum import center_frequency
 
 ANGLES = torch.arange(10).mul(math.pi / 10).add(0.01).tolist()
 
@@ -33,12 +32,6 @@ def direction_of(frequency: float, angle: float) -> Tensor:
 def prior(fy: np.ndarray, fx: np.ndarray) -> np.ndarray:
     """Weight of an error at a frequency, as the docstring of `partner_prior` has it."""
     return (fy**2 + fx**2 + 0.01**2) ** -1.5
-
-
-def side_of(fy: np.ndarray, fx: np.ndarray, direction: Tensor, size: int = PRIOR_SIZE) -> np.ndarray:
-    """The sign of <xi, direction>; in the bins that the dividing line cuts, rising from -1 to 1 across one bin."""
-    dy, dx = direction.tolist()
-    return np.clip((fy * dy + fx * dx) / math.hypot(dy, dx) / (math.pi / size), -1, 1)
 
 
 def brute_force_partner(weight: Tensor, direction: Tensor) -> Tensor:
@@ -103,19 +96,6 @@ def test_kernels_larger_than_the_prior_are_one_sided():
 # --- how one-sided it is ----------------------------------------------------------------------------------------------
 
 
-def energies(weight: Tensor, partner: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """(wrong, total) energy of W + iV under the prior, summed by numpy."""
-    axis = 2 * np.pi * np.fft.fftfreq(PRIOR_SIZE)
-    prior = (axis[:, None] ** 2 + axis**2 + 0.01**2) ** -1.5
-    wrong, total = [], []
-    for w, v, d in zip(weight.numpy(), partner.numpy(), direction):
-        energy = (np.abs(np.fft.fft2(w + 1j * v, s=(PRIOR_SIZE, PRIOR_SIZE))) ** 2).sum(0) * prior
-        side = side_of(axis[:, None], axis, d)
-        wrong.append((energy * (1 - side) / 2).sum())
-        total.append(energy.sum())
-    return torch.tensor(wrong), torch.tensor(total)
-
-
 def gabor_bank(frequencies, kernel_size, sigma) -> tuple[Tensor, Tensor]:
     """Filters without a mean (Morlet's correction) and their directions."""
     parts = [(f, a, p) for f in frequencies for a in ANGLES[::2] for p in (0.0, math.pi / 4, math.pi / 2)]
@@ -123,18 +103,6 @@ def gabor_bank(frequencies, kernel_size, sigma) -> tuple[Tensor, Tensor]:
     envelope = gabor(0.0, 0.0, kernel_size, sigma)
     weight = weight - envelope * (weight.sum(dim=(2, 3), keepdim=True) / envelope.sum())
     return weight, torch.cat([direction_of(f, a) for f, a, _ in parts])
-
-
-def test_wrong_side_energy():
-    weight = torch.randn(4, 3, 5, 6, dtype=torch.float64)
-    direction = torch.randn(4, 2, dtype=torch.float64)
-    partner = torch.randn_like(weight)
-    wrong, total = energies(weight, partner, direction)
-    assert_close("share", wrong_side_energy(weight, partner, direction), wrong / total)
-    real = wrong_side_energy(weight, torch.zeros_like(weight), direction)
-    assert_close("real filter", real, torch.full((4,), 0.5))
-    mirrored = wrong_side_energy(weight, partner, -direction)
-    assert_close("other side", mirrored, 1 - wrong / total)
 
 
 # Largest and mean share on the wrong side under the prior, over orientations and phases, measured (0.074, 0.063,
@@ -152,11 +120,11 @@ WRONG_SIDE_BOUNDS = {
 @pytest.mark.parametrize("band", WRONG_SIDE_BOUNDS, ids=str)
 def test_wrong_side_energy_of_7x7_gabor_filters(band):
     weight, direction = gabor_bank(torch.linspace(*band, 4).tolist(), 7, 1.6)
-    share = wrong_side_energy(weight, analytic_partner(weight, direction), direction)
+    share = wrong_side_share(weight, analytic_partner(weight, direction), direction)
     largest, mean = WRONG_SIDE_BOUNDS[band]
     assert share.max() < largest and share.mean() < mean
     # The partner that the weights alone give is as good as the one of the true direction.
-    own = wrong_side_energy(weight, analytic_partner(weight), center_frequency(weight))
+    own = wrong_side_share(weight, analytic_partner(weight), center_frequency(weight))
     assert own.max() < largest and own.mean() < mean
 
 

@@ -12,64 +12,24 @@ import pytest
 import torch
 from support import assert_close
 from torch import Tensor
+from waves import SPECIAL, filtered, frequencies, norms, simulate
 
 from mixpool.filters import theory
 from mixpool.filters.theory import (
     expected_gap,
     expected_max,
-    expected_max_square,
-    frequency_map,
-    max_shift_bound,
-    max_shift_change,
     modulus_shift_bound,
 )
 
 PI = math.pi
-# Phases that coincide or lie evenly.
-SPECIAL = torch.tensor(
-    [(0, 0), (PI, 0), (0, PI / 2), (PI, PI), (PI / 2, PI / 2), (2 * PI / 3, 0), (PI / 4, -PI / 4)], dtype=torch.float64
-)
 STRIDES = [1, 2, 4, (2, 1)]
 WINDOWS = [1, 2, 3, 4, 5, (1, 3), (3, 2)]
 
 
-def frequencies(count: int) -> Tensor:
-    """(count + 7, 2) random frequencies and the special ones."""
-    return torch.cat([(torch.rand(count, 2, dtype=torch.float64) * 2 - 1) * PI, SPECIAL])
-
-
-def shifts(count: int) -> Tensor:
-    """(count, 2) shifts in pixels, fractions and integers in turn."""
-    shift = torch.randn(count, 2, dtype=torch.float64) * 3
-    shift[::2] = shift[::2].round()
-    return shift
-
-
-def simulate(phase: Tensor, frequency: Tensor, shift: Tensor, stride, window) -> dict[str, Tensor]:
-    """The expectations of one frequency (2,) by their definition: a wave of modulus 1 at each of the phases (S,)."""
-    stride_y, stride_x = (stride, stride) if isinstance(stride, int) else stride
-    window_y, window_x = (window, window) if isinstance(window, int) else window
-    before = after = torch.full_like(phase, -math.inf)
-    advance = -(frequency * shift).sum()  # an image moved by +u is read at -u
-    for y in range(window_y):
-        for x in range(window_x):
-            here = phase + frequency[0] * stride_y * y + frequency[1] * stride_x * x
-            before = torch.maximum(before, here.cos())
-            after = torch.maximum(after, (here + advance).cos())
-    return {
-        "expected_max": before.mean(),
-        "expected_max_square": before.square().mean(),
-        "expected_gap": (before - 1).square().mean().sqrt(),
-        "max_shift_change": ((after - before).square().mean() / before.square().mean()).sqrt(),
-    }
-
-
-def closed_forms(frequency: Tensor, shift: Tensor, stride, window) -> dict[str, Tensor]:
+def closed_forms(frequency: Tensor, stride, window) -> dict[str, Tensor]:
     return {
         "expected_max": expected_max(frequency, stride, window),
-        "expected_max_square": expected_max_square(frequency, stride, window),
         "expected_gap": expected_gap(frequency, stride, window),
-        "max_shift_change": max_shift_change(frequency, shift, stride, window),
     }
 
 
@@ -80,10 +40,9 @@ def closed_forms(frequency: Tensor, shift: Tensor, stride, window) -> dict[str, 
 @pytest.mark.parametrize("stride", STRIDES, ids=str)
 def test_quadrature_over_the_phase(stride, window):
     frequency = frequencies(4)
-    shift = shifts(len(frequency))
     phase = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000 * 2 * PI
-    closed = closed_forms(frequency, shift, stride, window)
-    each = [simulate(phase, f, u, stride, window) for f, u in zip(frequency, shift)]
+    closed = closed_forms(frequency, stride, window)
+    each = [simulate(phase, f, torch.zeros(2), stride, window) for f in frequency]
     for name, values in closed.items():
         # The rule's own error at a kink is of the order of the squared step, 6e-7.
         assert_close(name, values, torch.stack([one[name] for one in each]), (1e-6, 0.0))
@@ -92,10 +51,10 @@ def test_quadrature_over_the_phase(stride, window):
 @pytest.mark.parametrize("stride, window", [(2, 3), ((4, 1), (2, 3))], ids=str)
 def test_random_phases(stride, window):
     """Plain Monte-Carlo: 4 million phases, 1e-3 is at least three of its standard deviations."""
-    frequency, shift = frequencies(1)[0], shifts(2)[1]
+    frequency = frequencies(1)[0]
     phase = torch.rand(2**22, dtype=torch.float64) * 2 * PI
-    simulated = simulate(phase, frequency, shift, stride, window)
-    for name, value in closed_forms(frequency, shift, stride, window).items():
+    simulated = simulate(phase, frequency, torch.zeros(2), stride, window)
+    for name, value in closed_forms(frequency, stride, window).items():
         assert_close(name, value, simulated[name], (1e-3, 0.0))
 
 
@@ -133,7 +92,6 @@ def test_gaps_known_by_hand(omega, window, gaps):
     mean = sum(math.sin(d / 2) for d in gaps) / PI
     square = 0.5 + sum(math.sin(d) for d in gaps) / (4 * PI)
     assert expected_max(omega, 1, window).item() == pytest.approx(mean, abs=1e-12)
-    assert expected_max_square(omega, 1, window).item() == pytest.approx(square, abs=1e-12)
     assert expected_gap(omega, 1, window).item() == pytest.approx(math.sqrt(square - 2 * mean + 1), abs=1e-12)
 
 
@@ -142,16 +100,8 @@ def test_numbers_known_by_hand():
     assert expected_gap((0.0, 0.0), 2).item() == pytest.approx(math.sqrt(1.5))
     assert expected_max((PI / 2, 0.0), 2).item() == pytest.approx(2 / PI)
     assert expected_gap((PI / 2, 0.0), 2).item() == pytest.approx(math.sqrt(1.5 - 4 / PI))
-    # One phase alone is a cosine: it changes by 2 |sin(advance / 2)| of itself.
-    for shift in (0.0, 0.5, 1.0, -3.0):
-        change = max_shift_change((0.0, 1.1), (7.0, shift), 2, window=1)
-        assert change.item() == pytest.approx(2 * abs(math.sin(1.1 * shift / 2)), abs=1e-12)
-    # Two phases pi apart are |cos|: after a quarter turn |sin|, and E[(|cos| - |sin|)^2] = 1 - 2 / pi.
-    assert max_shift_change((PI, 0.0), (0.5, 0.0), 1).item() == pytest.approx(math.sqrt(2 - 4 / PI))
-    assert max_shift_change((PI, 0.0), (1.0, 0.0), 1).item() == pytest.approx(0, abs=1e-7)
     assert modulus_shift_bound(0.5, (0.0, -3.0)).item() == 0.75
     assert modulus_shift_bound(torch.tensor([0.5, 0.1]), (2.0, 3.0)).item() == pytest.approx(0.65)
-    assert max_shift_bound((0.0, 0.0), 0.5, (1.0, 1.0), 2).item() == pytest.approx(2 * math.sqrt(1.5) + 0.5)
 
 
 # --- properties -------------------------------------------------------------------------------------------------------
@@ -160,15 +110,12 @@ def test_numbers_known_by_hand():
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_symmetries(window):
     omega = frequencies(50)
-    shift = shifts(len(omega))
     close = (1e-7, 0.0)  # of a root: 1e-14 of its square
     for other in (-omega, omega + 2 * PI, omega - torch.tensor([0, 4 * PI], dtype=torch.float64)):
         assert_close("gap", expected_gap(other, 1, window), expected_gap(omega, 1, window), close)
         assert_close("max", expected_max(other, 1, window), expected_max(omega, 1, window))
     mirrored = omega * torch.tensor([1, -1])
     assert_close("mirror", expected_gap(mirrored, 1, window), expected_gap(omega, 1, window), close)
-    change = max_shift_change(omega, shift, 1, window)
-    assert_close("back", max_shift_change(omega, -shift, 1, window), change, close)
     assert_close("stride", expected_gap(omega / 2, 2, window), expected_gap(omega, 1, window), close)
     if not isinstance(window, int):
         turned = expected_gap(omega.flip(-1), 1, window[::-1])
@@ -176,10 +123,9 @@ def test_symmetries(window):
 
 
 def test_a_rounding_of_the_frequency_changes_little():
-    omega, shift = SPECIAL, shifts(len(SPECIAL))
     for size in (1e-15, -1e-15, 1e-9):
         for window in (2, 3, 5):
-            before, after = closed_forms(omega, shift, 1, window), closed_forms(omega + size, shift, 1, window)
+            before, after = closed_forms(SPECIAL, 1, window), closed_forms(SPECIAL + size, 1, window)
             for name, values in before.items():
                 assert_close(name, after[name], values, (1e-6, 0.0))
 
@@ -189,57 +135,42 @@ def test_many_phases_make_a_modulus():
     gaps = torch.stack([expected_gap((0.0, golden), 1, (1, 4**k)) for k in range(6)])
     assert (gaps[1:] < gaps[:-1] / 4).all() and gaps[-1] < 1e-5
     assert expected_max((0.0, golden), 1, (1, 1024)).item() == pytest.approx(1, abs=1e-4)
-    assert max_shift_change((0.0, golden), (0.0, 0.3), 1, (1, 1024)) < 1e-4
     even = expected_gap((0.0, 2 * PI / 30), 1, (1, 30)).item()
     assert even == pytest.approx((PI / 30) ** 2 / math.sqrt(20), rel=1e-2)
 
 
 def test_ranges_and_order():
-    frequency, shift = frequencies(2000), shifts(2000 + len(SPECIAL))
+    frequency = frequencies(2000)
     for window in (1, 2, 3, 5):
-        mean, square = expected_max(frequency, 2, window), expected_max_square(frequency, 2, window)
-        gap, change = expected_gap(frequency, 2, window), max_shift_change(frequency, shift, 2, window)
+        mean, gap = expected_max(frequency, 2, window), expected_gap(frequency, 2, window)
         assert mean.min() > -1e-12 and mean.max() < 1
-        assert square.min() > 0.5 - 1e-12 and square.max() < 1
         assert gap.min() > 0 and gap.max() < math.sqrt(1.5) + 1e-12
         assert (gap >= 1 - mean - 1e-12).all(), "a root mean square is at least the mean"
-        assert change.min() >= 0 and change.max() < 2 + 1e-12
-        # A wave has no bandwidth: the value stays below the bound, both relative to CMod, and below the sharper one.
-        assert (change * square.sqrt() <= max_shift_bound(frequency, 0.0, shift, 2, window) + 1e-12).all()
-        assert (change * square.sqrt() <= math.sqrt(2) * gap + 1e-12).all()
         assert (expected_gap(frequency, 2, window + 1) <= gap + 1e-12).all(), "more phases, smaller gaps"
 
 
 def test_shapes_dtypes_and_broadcasting():
-    frequency, shift = torch.rand(3, 1, 2), torch.rand(5, 2)
-    change = max_shift_change(frequency, shift, 2)
-    assert change.shape == (3, 5) and change.dtype == torch.float64
-    assert_close("one", change[1, 4], max_shift_change(frequency[1, 0], shift[4], 2))
-    assert max_shift_bound(frequency, torch.rand(5, 1), shift, 2).shape == (3, 5)
-    assert modulus_shift_bound(torch.rand(3, 1, 1), shift).shape == (3, 5)
+    gap = expected_gap(torch.rand(3, 1, 2), 2)
+    assert gap.shape == (3, 1) and gap.dtype == torch.float64
+    assert modulus_shift_bound(torch.rand(3, 1, 1), torch.rand(5, 2)).shape == (3, 5)
     assert expected_gap(torch.rand(0, 2), 2).shape == (0,)
-    assert max_shift_change(torch.rand(0, 2), (0, 1), 2).shape == (0,)
     assert expected_gap((1, 2), 2).shape == ()
-    assert expected_max((math.nan, 0.0), 2).isnan() and max_shift_change((math.nan, 0.0), (0.0, 1.0), 2).isnan()
+    assert expected_max((math.nan, 0.0), 2).isnan()
 
 
 def test_gradients():
     frequency = torch.tensor([[0.4, 1.1], [-0.9, 0.2]], dtype=torch.float64, requires_grad=True)
-    shift = torch.tensor([0.3, 1.2], dtype=torch.float64, requires_grad=True)
-    for function in (expected_max, expected_max_square, expected_gap):
+    for function in (expected_max, expected_gap):
         assert torch.autograd.gradcheck(lambda f, function=function: function(f, 2), (frequency,))
-    assert torch.autograd.gradcheck(lambda f, u: max_shift_change(f, u, 2), (frequency, shift))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_gpu():
     frequency = frequencies(20)
-    shift = shifts(len(frequency))
-    for name, value in closed_forms(frequency.cuda(), shift.cuda(), 2, 3).items():
+    for name, value in closed_forms(frequency.cuda(), 2, 3).items():
         assert value.is_cuda
-        assert_close(name, value, closed_forms(frequency, shift, 2, 3)[name], (1e-7, 0.0))
-    assert max_shift_bound(frequency.cuda(), 0.5, (0, 1), 2).is_cuda
+        assert_close(name, value, closed_forms(frequency, 2, 3)[name], (1e-7, 0.0))
 
 
 def test_examples_run():
@@ -247,54 +178,7 @@ def test_examples_run():
     assert result.attempted > 0 and result.failed == 0
 
 
-# --- the map ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stride, window", [(2, 3), ((4, 1), (2, 3))], ids=str)
-def test_map_is_the_functions_point_by_point(stride, window):
-    maps = frequency_map(stride, window, size=33)
-    assert maps.frequency[16] == 0 and maps.frequency[0] == -PI and maps.frequency[-1] == PI
-    assert maps.expected_gap.shape == maps.expected_max.shape == (33, 33)
-    for i, j in [(0, 0), (16, 16), (3, 20), (32, 7), (16, 32)]:
-        frequency = torch.stack([maps.frequency[i], maps.frequency[j]])
-        assert_close("gap", maps.expected_gap[i, j], expected_gap(frequency, stride, window))
-        assert_close("max", maps.expected_max[i, j], expected_max(frequency, stride, window))
-    assert_close("through 0", maps.expected_gap, maps.expected_gap.flip(0, 1), (1e-7, 0.0))
-    assert_close("the ends meet", maps.expected_gap[0], maps.expected_gap[-1], (1e-7, 0.0))
-
-
-def test_a_large_map():
-    maps = frequency_map(2, window=5, size=257)
-    assert torch.isfinite(maps.expected_gap).all() and maps.expected_gap.max() < 1.23
-
-
 # --- signals that meet the assumptions --------------------------------------------------------------------------------
-
-
-def filtered(
-    images: Tensor, center: tuple[int, int], half_width: int, shift: tuple[float, float] = (0, 0), stride: int = 1
-) -> Tensor:
-    """(N, G / stride, G / stride) complex response to the images (N, G, G) moved by `shift`, by Fourier interpolation.
-
-    The filter has a random spectrum, the same at each call, on a square of 2 half_width + 1 bins, and 0 elsewhere.
-    """
-    size = images.shape[-1]
-    pixel = torch.arange(size, dtype=torch.float64)
-    offset = torch.arange(-half_width, half_width + 1, dtype=torch.float64)
-    frequency_y, frequency_x = (2 * PI / size * (c + offset) for c in center)
-
-    def wave(frequency: Tensor, position: Tensor | float) -> Tensor:
-        return torch.exp(1j * frequency[:, None] * position)
-
-    generator = torch.Generator().manual_seed(1)
-    spectrum = torch.randn(len(offset), len(offset), dtype=torch.complex128, generator=generator)
-    images = wave(frequency_y, -pixel) @ images.to(spectrum.dtype) @ wave(frequency_x, -pixel).T
-    images = wave(frequency_y, -shift[0]) * images * wave(frequency_x, -shift[1]).T
-    return wave(frequency_y, pixel[::stride]).T @ (spectrum * images) @ wave(frequency_x, pixel[::stride]) / size**2
-
-
-def norms(maps: Tensor) -> Tensor:
-    return maps.flatten(1).norm(dim=1)
 
 
 def test_the_shifted_response_is_that_of_the_shifted_image():
@@ -333,58 +217,44 @@ def test_the_bound_of_the_modulus_on_average_in_spite_of_aliasing():
 
 @pytest.mark.parametrize("center", [(0, 40), (80, 60), (128, 128), (48, -100), (170, 86)], ids=str)
 def test_the_maximum_on_a_narrow_band(center):
-    """Measured gap and change are the predicted ones, but for the envelope, and below the bound."""
+    """The measured gap is the predicted one, but for the envelope."""
     size, stride = 512, 2
     images = torch.randn(40, size, size, dtype=torch.float64)
     frequency = tuple(c * 2 * PI / size for c in center)
-    bandwidth = 2 * 2 * PI / size
-
-    def poolings(shift: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        z = filtered(images, center, 1, shift, stride)
-        return torch.nn.functional.max_pool2d(z.real, 3, 2), z.abs()[..., 1:-1:2, 1:-1:2]
-
+    z = filtered(images, center, 1, (0, 0), stride)
+    maximum, modulus = torch.nn.functional.max_pool2d(z.real, 3, 2), z.abs()[..., 1:-1:2, 1:-1:2]
     # The rms offset of the 3 x 3 bins is 0.014 rad/px: at a corner of the window, 2 pixels off along both axes, the
     # response differs by 0.03 from the centre's wave, and the maximum takes the largest of the differences.
     envelope = 0.05
-    maximum, modulus = poolings((0, 0))
     gap = (norms(maximum - modulus) / norms(modulus)).square().mean().sqrt()
     assert gap.item() == pytest.approx(expected_gap(frequency, stride).item(), abs=envelope)
     assert (maximum.sum() / modulus.sum()).item() == pytest.approx(expected_max(frequency, stride).item(), abs=envelope)
-    for shift in ((0, 1), (1, -1), (0.5, 0.25)):
-        difference = norms(poolings(shift)[0] - maximum)
-        change = (difference.square().sum() / norms(maximum).square().sum()).sqrt()
-        assert change.item() == pytest.approx(max_shift_change(frequency, shift, stride).item(), abs=envelope)
-        ratio = difference / norms(modulus)
-        bound = max_shift_bound(frequency, bandwidth, shift, stride).item()
-        assert ratio.mean() <= ratio.square().mean().sqrt() <= bound
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [expected_gap, expected_max, expected_max_square])
+@pytest.mark.parametrize("function", [expected_gap, expected_max])
 def test_wrong_arguments(function):
     with pytest.raises(ValueError, match=r"frequency of shape \(..., 2\).*got \(3,\)"):
         function(torch.zeros(3), 2)
     with pytest.raises(ValueError, match=r"frequency.*got \(\)"):
         function(1.0, 2)
-    for stride in (0, 2.0, (2, 2, 2), (1, -1)):
+    for stride in (0, 2.0, (1, -1)):
         with pytest.raises(ValueError, match="expected stride a positive integer or a pair"):
             function((0.0, 1.0), stride)
-    for window in (0, "3", (3,), (3, 1.5)):
+    for window in (0, (3, 1.5)):
         with pytest.raises(ValueError, match="expected window a positive integer or a pair"):
             function((0.0, 1.0), 2, window)
+    for neither in ((2, 2, 2), "3", (3,)):
+        with pytest.raises(ValueError, match="expected one integer or a pair of them"):
+            function((0.0, 1.0), 2, neither)
 
 
-def test_wrong_shifts_bandwidths_and_sizes():
+def test_wrong_shifts_and_bandwidths():
     with pytest.raises(ValueError, match="shift of shape"):
         modulus_shift_bound(0.5, torch.zeros(3))
-    with pytest.raises(ValueError, match="shift of shape"):
-        max_shift_change((0.0, 1.0), 1.0, 2)
     with pytest.raises(ValueError, match=r"bandwidth a number or of shape .* got \(64,\)"):
         modulus_shift_bound(torch.ones(64), torch.zeros(64, 2))
     with pytest.raises(ValueError, match="at least 0, got -0.5"):
-        max_shift_bound((0.0, 1.0), -0.5, (0, 1), 2)
-    for size in (1, 128):
-        with pytest.raises(ValueError, match=f"odd size of at least 3, got {size=}"):
-            frequency_map(2, size=size)
+        modulus_shift_bound(-0.5, (0, 1))

@@ -562,6 +562,8 @@ def test_flops_are_those_of_the_convolutions(blur):
     """2 k k C_in per position and channel; a modulus has re and im, with blur=1 at a fourth of the positions."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    import mixpool.ops.fused.flops  # noqa: F401  (the formulas)
+
     stem = stem_of(CASES[0], blur, torch.float32)
     rows, columns = (13 + 6 - 7) // 2 + 1, (22 + 6 - 7) // 2 + 1
     per_position = 2 * 7 * 7 * 3

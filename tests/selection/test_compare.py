@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import assert_close
 
-from mixpool.selection.compare import Comparison, Poolings, PoolingStats, pool_both, resample
+from mixpool.selection.compare import Comparison, Poolings, PoolingStats, pool_both
 
 
 def maps(n=3, c=4, h=9, w=8, dtype=torch.float64):
@@ -169,31 +169,3 @@ def test_errors():
     with pytest.raises(ValueError, match="expected all poolings"):
         comparison.add(pooled, [Poolings(*(part[:1] for part in pooled))])
     assert comparison._count == pooled.max[:, 0].numel(), "a refused batch leaves nothing behind"
-    with pytest.raises(ValueError, match="maps were added"):
-        resample([comparison, Comparison()], 3)
-    other = Comparison()
-    other.add(pooled)
-    with pytest.raises(ValueError, match="equal shifts"):
-        resample([comparison, other], 3)
-
-
-def test_resampling_draws_whole_parts():
-    parts = []
-    for _ in range(2):
-        part = Comparison()
-        part.add(pool_both(*maps()), [pool_both(*maps())])
-        parts.append(part)
-    draws = resample(parts, 40, seed=3)
-    assert draws.gap.shape == (40, 4) and draws.instability_blur1.shape == (40, 1, 4)
-    possible = []
-    for i, j in ((0, 0), (0, 1), (1, 1)):
-        both = Comparison()
-        both.update(parts[i])
-        both.update(parts[j])
-        possible.append(both.result())
-    for name, values in zip(PoolingStats._fields, draws, strict=True):
-        known = torch.stack([getattr(stats, name) for stats in possible]).flatten(1)
-        distance = (values.flatten(1)[:, None] - known).abs().amax(dim=2)
-        assert distance.amin(dim=1).max() < 1e-12
-        assert set(distance.argmin(dim=1).tolist()) == {0, 1, 2}
-    assert torch.equal(resample(parts, 40, seed=3).gap, draws.gap)

@@ -18,12 +18,13 @@ from PIL import Image
 from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from training_runs import parse
 
 import mixpool
 from mixpool.cli import command as cli
 from mixpool.cli.common import EXIT_USER_ERROR
 from mixpool.conversion.stock import converted_stems
-from mixpool.training.configuration import parse, read_config
+from mixpool.training.configuration import read_config
 from mixpool.training.model import build_model
 from mixpool.training.options import GROUPS, OPTIONS
 

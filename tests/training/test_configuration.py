@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from training_runs import parse
 
-from mixpool.training.configuration import parse, read_config
+from mixpool.training.configuration import read_config
 from mixpool.training.options import OPTIONS
 
 

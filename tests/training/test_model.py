@@ -6,10 +6,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from training_runs import CPU, options
+from training_runs import CPU, options, parse
 
 from mixpool.conversion.stock import converted_stems
-from mixpool.training.configuration import parse
 from mixpool.training.model import build_model, prepare, stock_teacher
 from mixpool.training.run import set_up
 

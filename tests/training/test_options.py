@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mixpool.training.configuration import parse
+from training_runs import parse
+
 from mixpool.training.options import GROUPS, OPTIONS, TIMM_ONLY
 
 

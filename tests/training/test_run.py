@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training_runs import CPU, options
+from training_runs import CPU, options, parse
 
 from mixpool.training import checks
-from mixpool.training.configuration import parse
 from mixpool.training.run import experiment_name, learning_rate, set_up
 
 pytestmark = pytest.mark.usefixtures("tiny_models")

@@ -12,7 +12,6 @@ import triton.language as tl
 from mixpool.ops.fused.packing import load_slices, split_column
 from mixpool.ops.fused.patches import load_patch
 
-NAN = tl.constexpr(tl.PropagateNan.ALL)
 SMALLEST = tl.constexpr(2.0**-126)  # rsqrt takes smaller numbers for 0
 
 

@@ -1,4 +1,4 @@
-"""The fused stem as PyTorch sees it: an operator with its shapes, gradients and FLOPs. Light to import: no triton.
+"""The fused stem as PyTorch sees it: an operator with its shapes and gradients. Light to import: no triton.
 
     mixpool::convolve_and_pool    the pooled map of all channels, a maximum's place in its window (a byte), statistics
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixpool.ops.fused.flops import register_formulas
 from mixpool.ops.fused.geometry import Channels, StemGeometry, padded_places
 from mixpool.ops.fused.gradients import backward_of_reference, input_gradient
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry, memory_format_of
@@ -49,7 +48,6 @@ def convolve_and_pool(
         moments: (2, C_out) float32, mean and biased variance of the convolution (0 and mean(|z|^2) / 2 for modulus
             channels), or None. Both outputs are differentiable in `x`, `weight` and `weight_imag`.
     """
-    register_formulas()
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, weight_imag))
     pooled, _, moments = torch.ops.mixpool.convolve_and_pool(
         x,
