@@ -557,27 +557,6 @@ def test_compiled_in_one_graph(monkeypatch):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("blur", (1, 3))
-def test_flops_are_those_of_the_convolutions(blur):
-    """2 k k C_in per position and channel; a modulus has re and im, with blur=1 at a fourth of the positions."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    import mixpool.ops.fused.flops  # noqa: F401  (the formulas)
-
-    stem = stem_of(CASES[0], blur, torch.float32)
-    rows, columns = (13 + 6 - 7) // 2 + 1, (22 + 6 - 7) // 2 + 1
-    per_position = 2 * 7 * 7 * 3
-    dense = 2 * rows * columns
-    pooled = 2 * 4 * 6
-    modulus = 4 * 2 * (pooled if blur == 1 else dense)
-    with FlopCounterMode(display=False) as counter:
-        out, _ = run_fused(stem, stem.leaves(torch.float32))
-    assert counter.get_total_flops() == per_position * (3 * dense + modulus)
-    with FlopCounterMode(display=False) as counter:
-        out.sum().backward()
-    assert counter.get_total_flops() == 2 * per_position * (3 * dense + modulus)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_stem_that_is_let_through_finds_blocks(kind):
     """All kernels, strides and channels that `backend` allows, in what the smallest GPU has of shared memory."""

@@ -6,7 +6,7 @@
     centers    channels that look at its centre: the modulus without blur
     moments    batch statistics from the kernels' partial sums
     blocks -> launch    which kernel with which blocks and which grid
-    gradients -> ops    the operator that PyTorch sees;  flops  its cost, for who imports it
+    gradients -> ops    the operator that PyTorch sees
     groups     these operators beside the reference's poolings that have no kernel
 
 Only `patches` to `moments` and `launch` import triton, and only when an operator runs. Nothing here chooses itself:
