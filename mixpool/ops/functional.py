@@ -14,13 +14,12 @@ from mixpool.filters.spectrum import pair
 from mixpool.ops.backend import Call, takes_fused
 from mixpool.ops.fused import groups as fused
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry, check_pool, memory_format_of
+from mixpool.ops.merge import activate_and_merge, affine
 from mixpool.ops.modes import is_compiled_for_one_size, is_eager, needs_gradient
 from mixpool.ops.reference import (
     POOLINGS,
     Group,
     Pooled,
-    activate_and_merge,
-    affine,
     check_poolings,
     convolve_and_pool,
     groups_of,

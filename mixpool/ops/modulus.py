@@ -8,7 +8,7 @@ gives NaN at 0.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -46,12 +46,7 @@ class _Modulus(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         z, out = ctx.saved_tensors
-        if needs_gradient(z, out, grad) or is_batched(grad):
-            return _scaled(z, grad / _not_tiny(out))
-        result = torch.empty_like(z)
-        for images in _parts_of(z):
-            _scale_into(result[images], z[images], grad[images] / _not_tiny(out[images]))
-        return result
+        return _scaled(z, lambda images: grad[images] / _not_tiny(out[images]), grad)
 
     @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
@@ -70,12 +65,7 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
-        if needs_gradient(z, grad) or is_batched(grad):
-            return _scaled(z, 2 * grad)
-        result = torch.empty_like(z)
-        for images in _parts_of(z):
-            _scale_into(result[images], z[images], 2 * grad[images])
-        return result
+        return _scaled(z, lambda images: 2 * grad[images], grad)
 
     @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
@@ -130,14 +120,17 @@ def _parts_of(z: Tensor) -> Iterator[slice]:
         yield slice(first, first + count)
 
 
-def _scale_into(out: Tensor, z: Tensor, factor: Tensor) -> None:
-    for own, part in zip(out.chunk(2, dim=1), z.chunk(2, dim=1), strict=True):
-        torch.mul(part, factor, out=own)
-
-
-def _scaled(z: Tensor, factor: Tensor) -> Tensor:
-    """Both parts times a factor, with a graph."""
-    return torch.cat([part * factor for part in z.chunk(2, dim=1)], dim=1).to(z.dtype)
+def _scaled(z: Tensor, factor: Callable[[slice], Tensor], grad: Tensor) -> Tensor:
+    """Both parts of z times a factor of some images; with a graph where there will be second derivatives."""
+    if needs_gradient(z, grad) or is_batched(grad):
+        whole = factor(slice(None))
+        return torch.cat([part * whole for part in z.chunk(2, dim=1)], dim=1).to(z.dtype)
+    result = torch.empty_like(z)
+    for images in _parts_of(z):
+        own_factor = factor(images)
+        for own, part in zip(result[images].chunk(2, dim=1), z[images].chunk(2, dim=1), strict=True):
+            torch.mul(part, own_factor, out=own)
+    return result
 
 
 def _safe_root(energies: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixpool.ops.merge import affine
 from mixpool.ops.moments import Moments
-from mixpool.ops.reference import POOLINGS, Group, Pooled, affine
+from mixpool.ops.reference import POOLINGS, Group, Pooled
 
 # Norm layers that are an affine map per channel. Subclasses with other arithmetic must not slip through, hence names.
 _NORM_NAMES = {

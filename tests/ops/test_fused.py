@@ -21,6 +21,7 @@ from mixpool.ops import reference
 from mixpool.ops.fused import blocks, groups, ops
 from mixpool.ops.fused.geometry import COLUMNS, KINDS, Channels, StemGeometry, padded_places
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry
+from mixpool.ops.merge import affine
 
 pytestmark = [
     pytest.mark.slow,
@@ -452,7 +453,7 @@ def test_differentiating_twice_goes_through_the_reference():
         leaves = stem.leaves(torch.float32)
         scale, shift = (torch.linspace(low, 1, 3, device=DEVICE).requires_grad_() for low in (0.5, -0.5))
         pooled, moments = run(stem, leaves)
-        out = F.relu(reference.affine(pooled, scale, shift))
+        out = F.relu(affine(pooled, scale, shift))
         inputs = [*leaves, scale, shift]
         grads = torch.autograd.grad(out.square().sum() + moments.square().sum(), inputs, create_graph=True)
         penalty = sum(grad.square().sum() for grad in grads)
@@ -544,7 +545,7 @@ def test_compiled_in_one_graph(monkeypatch):
         out, moments = ops.convolve_and_pool(
             x, weight, imag, Channels(max_index, modulus_index), conv, pool, blur=3, with_moments=True
         )
-        return F.relu(reference.affine(out, moments[1] + 1, moments[0])), moments
+        return F.relu(affine(out, moments[1] + 1, moments[0])), moments
 
     def run(function):
         return lambda stem, leaves: function(*leaves, *channels)

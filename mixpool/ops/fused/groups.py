@@ -11,6 +11,7 @@ from mixpool.ops import reference
 from mixpool.ops.fused import ops
 from mixpool.ops.fused.geometry import Channels, StemGeometry
 from mixpool.ops.geometry import ConvGeometry, PoolGeometry
+from mixpool.ops.merge import affine
 from mixpool.ops.modes import compute_dtype
 from mixpool.ops.moments import Moments
 from mixpool.ops.reference import POOLINGS, Group, Pooled
@@ -60,7 +61,7 @@ def _by_kernel(x, weight, bias, weight_imag, group, conv, pool, with_moments) ->
     )
     own_bias = None if bias is None or entry.is_complex else bias.index_select(0, group.index)
     if own_bias is not None:
-        pooled = reference.affine(pooled, None, own_bias)
+        pooled = affine(pooled, None, own_bias)
     if moments is None:
         return Pooled(pooled, None)
     count = len(x) * StemGeometry.of(x, own, conv, pool).positions(entry.kernel)
