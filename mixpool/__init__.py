@@ -1,15 +1,18 @@
 """mixpool: CNN classifiers that are steady under small shifts of the image."""
 
-from mixpool.conversion.convert import convert, revert
+from mixpool.conversion.convert import convert
 from mixpool.conversion.find import StemError
 from mixpool.conversion.initialize import initialize
 from mixpool.conversion.stock import stock_state_dict
 from mixpool.filters.partner import analytic_partner
 from mixpool.ops.functional import mixpool2d
 from mixpool.selection.stats import analyze
+from mixpool.stabilization.repair import repair
+from mixpool.stabilization.stabilize import finalize, revert, stabilize
 from mixpool.stem.module import MixPoolStem, why_not_fused
+from mixpool.version import VERSION
 
-__version__ = "0.2.0.dev0"
+__version__ = VERSION
 
 __all__ = [
     "MixPoolStem",
@@ -17,9 +20,12 @@ __all__ = [
     "analytic_partner",
     "analyze",
     "convert",
+    "finalize",
     "initialize",
     "mixpool2d",
+    "repair",
     "revert",
+    "stabilize",
     "stock_state_dict",
     "why_not_fused",
 ]

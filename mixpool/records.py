@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from mixpool.version import VERSION
+
 SCHEMA = 1
 
 
@@ -58,10 +60,9 @@ def code() -> dict[str, Any]:
     What runs is what was there at the start: whoever measures for long calls this first, so that nothing which is
     committed or edited meanwhile gets into the record. At import it would be in the way of those who measure nothing.
     """
-    import mixpool
 
     folder = Path(__file__).parent
-    return {"version": mixpool.__version__, **_commit(folder), "source": _source_hash_of(folder)}
+    return {"version": VERSION, **_commit(folder), "source": _source_hash_of(folder)}
 
 
 def write(path: str | os.PathLike[str], records: list[dict[str, Any]]) -> None:

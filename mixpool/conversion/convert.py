@@ -121,7 +121,7 @@ def revert(model: nn.Module) -> nn.Module:
         ValueError: the model is not converted, or is compiled or DDP-wrapped, or a weight of the stem is computed from
             others (pruning, weight norm): the message says which. The model is then as it was.
     """
-    _check_wrappers(model)
+    check_wrappers(model)
     stems = converted_stems(model)
     if not stems:
         raise ValueError(f"expected a converted model, found no MixPoolStem in {type(model).__name__}")
@@ -186,7 +186,7 @@ def check_model(model: nn.Module, stem: str | None) -> None:
     """Raise StemError for what is no plain model, or has the stem converted already."""
     if not isinstance(model, nn.Module):
         raise StemError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    _check_wrappers(model)
+    check_wrappers(model)
     stems = converted_stems(model)
     if stems and (stem is None or stem in stems):
         raise StemError(
@@ -195,7 +195,7 @@ def check_model(model: nn.Module, stem: str | None) -> None:
         )
 
 
-def _check_wrappers(model: nn.Module) -> None:
+def check_wrappers(model: nn.Module) -> None:
     wrapper = None
     if isinstance(model, torch.jit.ScriptModule):
         wrapper = "a torch.jit.ScriptModule"

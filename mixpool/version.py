@@ -1,0 +1,3 @@
+"""The version, which records and commands name."""
+
+VERSION = "0.2.0.dev0"
