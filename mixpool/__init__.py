@@ -7,6 +7,7 @@ from mixpool.conversion.stock import stock_state_dict
 from mixpool.filters.partner import analytic_partner
 from mixpool.ops.functional import mixpool2d
 from mixpool.selection.stats import analyze
+from mixpool.stabilization.files import load_stabilized, save_stabilized
 from mixpool.stabilization.repair import repair
 from mixpool.stabilization.stabilize import finalize, revert, stabilize
 from mixpool.stem.module import MixPoolStem, why_not_fused
@@ -22,9 +23,11 @@ __all__ = [
     "convert",
     "finalize",
     "initialize",
+    "load_stabilized",
     "mixpool2d",
     "repair",
     "revert",
+    "save_stabilized",
     "stabilize",
     "stock_state_dict",
     "why_not_fused",

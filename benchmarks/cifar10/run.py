@@ -24,10 +24,11 @@ from benchmarks.kit.queue import run_each
 from benchmarks.kit.sample import shared_folder
 from benchmarks.kit.store import RECORDS
 from mixpool import records
+from mixpool.conversion.checkpoint import read_checkpoint
 from mixpool.evaluation.dataset import open_images
 from mixpool.evaluation.evaluate import evaluate
 from mixpool.evaluation.model_input import ModelInput, find_model_input
-from mixpool.timm_models.loading import load_model, read_checkpoint
+from mixpool.timm_models.loading import load_model
 from mixpool.training.configuration import complete
 from mixpool.training.saving import RECORD as TRAINING_RECORD
 from mixpool.training.state_file import LAST

@@ -78,6 +78,24 @@ def writable_folder(name: str) -> Path:
     return folder
 
 
+def writable_file(name: str, option: str, suffixes: tuple[str, ...], options: argparse.Namespace) -> Path:
+    """The file of an option, in a folder that is there; it must not be the checkpoint, nor be there without --force."""
+    path = Path(name)
+    if path.suffix not in suffixes:
+        named = " or ".join(f"*{suffix}" for suffix in suffixes)
+        raise ValueError(f"expected {option} to be named {named}, got {path}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"expected {option} to be a file in an existing folder, got {path}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"cannot write into {path.parent}")
+    if path.exists():
+        if options.checkpoint is not None and path.samefile(existing(options.checkpoint)):
+            raise ValueError(f"{option} is the checkpoint itself: {path}")
+        if not options.force:
+            raise ValueError(f"{path} exists; give --force to overwrite it")
+    return path
+
+
 def folder_photos(folder: str, limit: int, size: int, crop_ratio: float = 1.0) -> Photos:
     """The user's own photos; says how many there are, which cannot be read and which are too small.
 

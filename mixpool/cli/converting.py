@@ -96,11 +96,12 @@ def load_and_convert(
         if path is not None:
             existing(path)
 
+    from mixpool.conversion.checkpoint import read_checkpoint
     from mixpool.conversion.convert import convert
     from mixpool.conversion.stock import converted_stems
     from mixpool.evaluation.model_input import find_model_input
     from mixpool.evaluation.photos import normalize
-    from mixpool.timm_models.loading import load_model, read_checkpoint
+    from mixpool.timm_models.loading import load_model
 
     checkpoint = None if options.checkpoint is None else read_checkpoint(options.checkpoint)
     model = load_model(options.model, checkpoint, pretrained=options.pretrained, num_classes=options.num_classes)

@@ -27,8 +27,8 @@ from mixpool.evaluation.evaluate import DEFAULT, NAMES
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mixpool.conversion.checkpoint import Checkpoint
     from mixpool.evaluation.model_input import ModelInput
-    from mixpool.timm_models.loading import Checkpoint
 
 HELP = "accuracy and steadiness under shifts of models on a labelled dataset"
 DESCRIPTION = (
@@ -230,8 +230,9 @@ class _Entry(NamedTuple):
 
 def _load(name: str, file: str | None, options: argparse.Namespace) -> list[_Entry]:
     """A model, and with --convert its conversion."""
+    from mixpool.conversion.checkpoint import read_checkpoint
     from mixpool.conversion.convert import convert
-    from mixpool.timm_models.loading import load_model, read_checkpoint
+    from mixpool.timm_models.loading import load_model
 
     is_pretrained = options.pretrained and file is None
     checkpoint = None if file is None else read_checkpoint(file, use_ema=options.ema)

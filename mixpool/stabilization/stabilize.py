@@ -37,7 +37,7 @@ class Stabilized:
         plan: name -> treatment.
         stock: name of a parameter or buffer -> its stock value, of those that the repair changed.
         sums: name -> fingerprint of the repaired value, which says whether it has been trained since.
-        is_final: whether the stock values were dropped.
+        is_final: whether the stock values were dropped, or never were there: the model is from a file.
     """
 
     plan: dict[str, str]
@@ -160,13 +160,14 @@ def revert(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model is neither stabilized nor converted; or a refitted weight has been trained since, or its
-            stock value was dropped by `finalize`: there is no way back then. The model is as it was.
+            stock value was dropped by `finalize` or never was in the file that it was loaded from: there is no way
+            back then. The model is as it was.
     """
     state: Stabilized | None = getattr(model, ATTRIBUTE, None)
     if state is None:
         return stem_conversion.revert(model)
     if state.is_final:
-        raise ValueError("expected a stabilized model with its stock weights, finalize() has dropped them")
+        raise ValueError("the stock weights are gone: finalize() has dropped them, or the model is from a file")
     tensors = _tensors(model)
     trained = [name for name, sums in state.sums.items() if name not in tensors or _fingerprint(tensors[name]) != sums]
     if trained:

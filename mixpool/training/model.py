@@ -11,10 +11,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from mixpool.conversion.checkpoint import one_line, read_checkpoint
 from mixpool.conversion.convert import convert, revert
 from mixpool.conversion.stock import converted_stems
 from mixpool.evaluation.photos import IMAGENET_MEAN, IMAGENET_STD
-from mixpool.timm_models.loading import is_timm_model, load_model, one_line, read_checkpoint
+from mixpool.timm_models.loading import is_timm_model, load_model
 
 
 def build_model(options) -> nn.Module:

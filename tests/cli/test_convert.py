@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 import mixpool
 from mixpool.cli import main
-from mixpool.cli.convert import write_safetensors
 
 STOCK = "torchvision/squeezenet1_0"
 
@@ -79,17 +78,3 @@ def test_convert_checks_the_output_first(checkpoint, tmp_path, monkeypatch, fail
     monkeypatch.setattr("mixpool.cli.convert.load_and_convert", lambda _: pytest.fail("loaded the model first"))
     for output, message in (("x.pth", "safetensors"), ("nowhere/x.safetensors", "existing folder")):
         assert message in fails("convert", STOCK, "--checkpoint", checkpoint, "--output", tmp_path / output)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "mixed.safetensors"
-    path.write_bytes(b"old")
-
-    def full(tensors, filename, metadata):
-        filename.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        write_safetensors(torch.nn.Linear(2, 2), path, {})
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -15,10 +15,11 @@ from training_runs import options as options_of_run
 
 from mixpool import convert, records
 from mixpool.cli.evaluate import DESCRIPTION, EXAMPLES, add_options, run
+from mixpool.conversion.checkpoint import read_checkpoint
 from mixpool.evaluation.evaluate import evaluate
 from mixpool.evaluation.model_input import ModelInput, find_model_input
 from mixpool.filters.gabor import gabor_bank
-from mixpool.timm_models.loading import load_model, read_checkpoint
+from mixpool.timm_models.loading import load_model
 from mixpool.training.options import OPTIONS
 from mixpool.training.train import train
 

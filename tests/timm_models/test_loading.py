@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mixpool import convert
+from mixpool.conversion.checkpoint import read_checkpoint
 from mixpool.conversion.convert import revert
 from mixpool.evaluation.model_input import find_model_input
 from mixpool.evaluation.views import OwnView
 from mixpool.filters.gabor import gabor_bank
 from mixpool.stem.module import MixPoolStem
-from mixpool.timm_models.loading import _torchvision_config, load_model, read_checkpoint
+from mixpool.timm_models.loading import _torchvision_config, load_model
 from mixpool.training.options import OPTIONS
 
 NAME = "resnet18"
