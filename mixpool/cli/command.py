@@ -11,18 +11,26 @@ import sys
 from collections.abc import Sequence
 
 import mixpool
-from mixpool.cli import convert, demo, evaluate, inspect, train
+from mixpool.cli import convert, demo, evaluate, inspect, stabilize, train
 from mixpool.cli.common import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_USER_ERROR, say
 from mixpool.training.configuration import Parser
 
 # Each of them has HELP, DESCRIPTION, EXAMPLES, add_options(parser) and run(options).
-COMMANDS = {"demo": demo, "inspect": inspect, "convert": convert, "evaluate": evaluate, "train": train}
+COMMANDS = {
+    "demo": demo,
+    "inspect": inspect,
+    "convert": convert,
+    "stabilize": stabilize,
+    "evaluate": evaluate,
+    "train": train,
+}
 MOVED = {"theory": "theory moved: python -m benchmarks.theory, in the repository"}
 EXAMPLES = """examples:
   mixpool demo
   mixpool inspect resnet18.a1_in1k --pretrained --plot filters.png
   mixpool inspect squeezenet1_0 --checkpoint weights.safetensors --images photos/
   mixpool convert resnet18 --checkpoint stock.pth --output mixed.safetensors
+  mixpool stabilize resnet18.a1_in1k --pretrained --images photos/ --output steady.safetensors
   mixpool evaluate resnet18.a1_in1k --pretrained --data imagenet/ --convert
   mixpool train -c configs/imagenet_resnet34_finetune.yaml --data-dir imagenet
 exit codes: 0 done, 2 an error of yours in one line on stderr, 130 interrupted"""
@@ -58,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     common = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = Parser(
         prog="mixpool",
-        description="Stems of convolutional networks whose channels pool by the maximum or by the modulus.",
+        description="Image classifiers that move less when the image moves: by their stem, or by all that decimates.",
         epilog=EXAMPLES,
         **common,
     )

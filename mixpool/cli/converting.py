@@ -101,6 +101,7 @@ def load_and_convert(
     from mixpool.conversion.stock import converted_stems
     from mixpool.evaluation.model_input import find_model_input
     from mixpool.evaluation.photos import normalize
+    from mixpool.stabilization.files import is_stabilized
     from mixpool.timm_models.loading import load_model
 
     checkpoint = None if options.checkpoint is None else read_checkpoint(options.checkpoint)
@@ -109,9 +110,11 @@ def load_and_convert(
         say("note: random weights; give --checkpoint FILE or --pretrained for trained ones")
     elif checkpoint is not None and checkpoint.is_average:
         say("note: took the moving average of the weights")
+    what = options.checkpoint or options.model
+    if is_stabilized(model) and not (may_be_converted and converted_stems(model)):
+        raise ValueError(f"{what} is a stabilized network; give the stock one it was made from")
     if converted_stems(model):
         if not may_be_converted:
-            what = options.checkpoint or options.model
             raise ValueError(f"{what} is a converted model already; give the stock one it was made from")
         return model, _present_report(model, options), None
     photos, images = None, None

@@ -44,6 +44,7 @@ EXAMPLES = (
     "  mixpool evaluate resnet18.a1_in1k --pretrained --data imagenet/ --convert\n"
     "  mixpool evaluate squeezenet1_0=stock.safetensors squeezenet1_0=mixed.safetensors --data val/ \\\n"
     "      --class-map synsets.txt --limit 1000 --size 227\n"
+    "  mixpool evaluate resnet50.a1_in1k resnet50.a1_in1k=steady.safetensors --pretrained --data imagenet/\n"
     "  mixpool evaluate torchvision/resnet50 --checkpoint w.pth --data val.tar --protocols accuracy consistency\n"
     "  mixpool evaluate resnet50.a1_in1k --pretrained --dataset hfds/imagenet-1k --split validation --amp bfloat16\n"
     "  mixpool evaluate mixpool_resnet18=output/run/model_best.pth.tar --data cifar10/ --split test\n"
@@ -63,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     weights = parser.add_argument_group("weights (random without)")
     weights.add_argument("--pretrained", action="store_true", help="the library's weights for models without a FILE")
-    weights.add_argument("--checkpoint", metavar="FILE", help="stock or converted; the same as MODEL=FILE of one model")
+    weights.add_argument("--checkpoint", metavar="FILE", help="stock, converted or stabilized; the same as MODEL=FILE")
     weights.add_argument(
         "--no-ema", dest="ema", action="store_false", help="not the moving average of a checkpoint that has one"
     )
@@ -249,6 +250,8 @@ def _load(name: str, file: str | None, options: argparse.Namespace) -> list[_Ent
     }
     entries = [_Entry(label, model, wanted, about | _stems_of(model))]
     if options.convert:
+        if checkpoint is not None and checkpoint.plan is not None:
+            raise ValueError(f"--convert is for stock models, and {file} is a stabilized one")
         twin = copy.deepcopy(model)
         report = convert(twin, images=_calibration_images(wanted, options))
         say("\n".join(str(report).splitlines()[:2]))
@@ -258,11 +261,16 @@ def _load(name: str, file: str | None, options: argparse.Namespace) -> list[_Ent
 
 
 def _stems_of(model: nn.Module) -> dict[str, Any]:
-    """Whether the model that is measured has converted stems, and how many of their channels are complex."""
+    """Whether the model has converted stems, how many of their channels are complex; how many layers are low-passed."""
     from mixpool.conversion.stock import converted_stems
+    from mixpool.stabilization.treat import treated_layers
 
     stems = converted_stems(model).values()
-    return {"converted": bool(stems), "num_complex": sum(stem.num_complex for stem in stems)}
+    return {
+        "converted": bool(stems),
+        "num_complex": sum(stem.num_complex for stem in stems),
+        "num_low_passed": len(treated_layers(model)),
+    }
 
 
 def _tell_what_was_taken(
@@ -280,6 +288,8 @@ def _tell_what_was_taken(
         say(f"{label}: took the moving average of the weights (--no-ema for the weights themselves)")
     elif checkpoint is not None and checkpoint.has_average:
         say(f"{label}: took the weights, not their moving average")
+    if checkpoint is not None and checkpoint.plan is not None:
+        say(f"{label}: stabilized, {len(checkpoint.plan)} layers with a low-pass")
     if checkpoint is not None and checkpoint.arch is not None and not checkpoint.is_of(name):
         say(f"warning: {label}: the checkpoint is of {checkpoint.arch}")
     if checkpoint is not None and checkpoint.is_of(name):

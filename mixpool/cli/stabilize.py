@@ -14,29 +14,29 @@ from mixpool.stabilization.stabilize import STEMS
 from mixpool.stabilization.treat import ORDERS
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from mixpool.conversion.checkpoint import Checkpoint
     from mixpool.evaluation.model_input import ModelInput
     from mixpool.stabilization.report import StabilizationReport
 
 HELP = "make a trained network steady under small shifts, without labels or training"
-DESCRIPTION = """Low-pass every layer of stride 2, refit in closed form what reads the changed maps, and write the result.
+DESCRIPTION = """Low-pass the layers of stride 2, refit in closed form what reads the changed maps, write the result.
 Held-out photos decide, layer by layer, and others say how much steadier the network is afterwards.
 The photos need no labels; 250 of the kind that the network sees do well. Seconds to minutes on a CPU."""
 EXAMPLES = """examples:
   mixpool stabilize resnet50.a1_in1k --pretrained --images photos/ --output steady.safetensors
   mixpool stabilize torchvision/squeezenet1_0 --checkpoint weights.pth --images photos/ --output steady.safetensors \\
       --report steady.json --plot steady.png
-  mixpool evaluate resnet50.a1_in1k --pretrained resnet50=steady.safetensors --data imagenet/
-in Python: mixpool.load_stabilized(timm.create_model("resnet50"), "steady.safetensors")"""
+  mixpool evaluate resnet50.a1_in1k resnet50.a1_in1k=steady.safetensors --pretrained --data imagenet/
+in Python: model = timm.create_model("resnet50"); mixpool.load_stabilized(model, "steady.safetensors")"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a timm name, torchvision/NAME, or a name only torchvision has")
     weights = parser.add_argument_group("weights (random without)")
     weights.add_argument("--pretrained", action="store_true", help="the library's trained weights, downloaded")
-    weights.add_argument("--checkpoint", metavar="FILE", help="file of the trained weights, of any format")
+    weights.add_argument("--checkpoint", metavar="FILE", help="file of the trained stock model's weights")
     weights.add_argument("--num-classes", type=integer(1), metavar="N", help="classes of the checkpoint, if not usual")
     images = parser.add_argument_group("images")
     images.add_argument(
@@ -121,8 +121,8 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
         track=progress("refitting layers"),
     )
-    built = {} if checkpoint is None else {"arch": checkpoint.arch, "settings": checkpoint.settings}
-    save_stabilized(model, output, **{**built, "arch": built.get("arch") or options.model})
+    arch, settings = _origin(checkpoint, options)
+    save_stabilized(model, output, arch=arch, settings=settings)
     print(report)
     print(f"\nwrote {output}")
     if report_file is not None:
@@ -158,6 +158,15 @@ def _images(options: argparse.Namespace, wanted: ModelInput, size: int) -> Tenso
     ratio = wanted.crop_ratio * (size + MARGIN) / size  # the crop is cut from the same part of the photo as ever
     photos = folder_photos(options.images, options.limit or MOST, size + MARGIN, ratio)
     return normalize(photos.images, wanted.mean, wanted.std)
+
+
+def _origin(checkpoint: Checkpoint | None, options: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
+    """The network's name, and with what it was built: as its checkpoint says, if that was taken for what it is."""
+    if checkpoint is None or not checkpoint.is_of(options.model):
+        return options.model, None
+    if checkpoint.settings is None or options.num_classes is None:
+        return checkpoint.arch, checkpoint.settings
+    return checkpoint.arch, {**checkpoint.settings, "num_classes": options.num_classes}
 
 
 def _record(report: StabilizationReport, options: argparse.Namespace) -> dict[str, Any]:

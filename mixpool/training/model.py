@@ -11,10 +11,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mixpool.conversion.checkpoint import one_line, read_checkpoint
+from mixpool.conversion.checkpoint import Checkpoint, one_line, read_checkpoint
 from mixpool.conversion.convert import convert, revert
 from mixpool.conversion.stock import converted_stems
 from mixpool.evaluation.photos import IMAGENET_MEAN, IMAGENET_STD
+from mixpool.stabilization.files import is_stabilized, load_stabilized
 from mixpool.timm_models.loading import is_timm_model, load_model
 
 
@@ -43,29 +44,43 @@ def _timm_model(options) -> nn.Module:
         "bn_eps": options.bn_eps,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    stabilized = _stabilized(options.initial_checkpoint)
     if options.pretrained_path is not None:
         # The file stands for the published weights. timm leaves out a classifier of another number of classes than it
         # is told here, so it has to be told what the file has.
         num_classes = _classes_in(options.pretrained_path, options.model)
         arguments["pretrained_cfg_overlay"] = {"file": options.pretrained_path, "num_classes": num_classes}
     try:
-        return timm.create_model(
+        model = timm.create_model(
             options.model,
             pretrained=options.pretrained or options.pretrained_path is not None,
-            checkpoint_path=options.initial_checkpoint or None,
+            checkpoint_path=None if stabilized else options.initial_checkpoint or None,
             **arguments,
             **options.model_kwargs,
         )
     except Exception as error:  # hubs, files and constructors each raise their own
         hint = "; without a network, give the weights by --pretrained-path FILE" if options.pretrained else ""
         raise ValueError(f"cannot build {options.model!r}: {one_line(error)}{hint}") from error
+    return model if stabilized is None else load_stabilized(model, stabilized)
+
+
+def _stabilized(path: str) -> Checkpoint | None:
+    """What a file holds, if it is of a stabilized network: timm would load the weights without the low-passes."""
+    try:
+        found = read_checkpoint(path) if path else None
+    except (ValueError, OSError):  # timm reads more kinds of files, and says what is wrong with the others
+        return None
+    return found if found is not None and found.plan is not None else None
 
 
 def _classes_in(path: str, name: str) -> int:
     """The number of classes that a file of weights is for; ValueError if it has no classifier of that model."""
     classifier = timm.models.get_pretrained_cfg(name).classifier
     names = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
-    state = read_checkpoint(path).state
+    checkpoint = read_checkpoint(path)
+    if checkpoint.plan is not None:
+        raise ValueError(f"{path} is of a stabilized network: give it as initial_checkpoint, not as pretrained_path")
+    state = checkpoint.state
     found = [state[f"{layer}.weight"].shape[0] for layer in names if f"{layer}.weight" in state]
     if not found:
         raise ValueError(f"expected weights of {name!r} in {path}, found none of its classifier ({classifier})")
@@ -99,6 +114,8 @@ def convert_as_asked(model: nn.Module, options, training_images: Callable[[int],
     """Carry out the key `convert`; `training_images(n)` gives n of them, normalised. Returns the report or None."""
     if options.convert is None:
         return None
+    if is_stabilized(model):
+        raise ValueError("the initial checkpoint is of a stabilized network: leave out `convert`")
     if converted_stems(model):
         raise ValueError(
             f"{options.model!r} is a converted model already: leave out `convert`, or name the stock model"
@@ -134,6 +151,11 @@ def stock_teacher(model: nn.Module, options) -> nn.Module | None:
     if changed:
         raise ValueError(
             f"`distill: stock` needs the stock network as it was published: leave out {', '.join(changed)}"
+        )
+    if is_stabilized(model):
+        raise ValueError(
+            "`distill: stock` needs the stock network, and the initial checkpoint is of a stabilized one, whose stock "
+            "weights are gone: train on the labels"
         )
     teacher = copy.deepcopy(model)
     if converted_stems(teacher):

@@ -44,7 +44,7 @@ GROUPS: dict[str, dict[str, Option]] = {
         "model": Option(str, "mixpool_resnet50", "mixpool_*, or any name of timm or torchvision/NAME"),
         "pretrained": Option(bool, False, "start from the published weights"),
         "pretrained_path": Option(str, None, "file with those weights, instead of a download"),
-        "initial_checkpoint": Option(str, "", "weights to load, which have to fit as they are"),
+        "initial_checkpoint": Option(str, "", "weights to load, which have to fit as they are; stabilized ones too"),
         "model_kwargs": Option(dict, {}, "further arguments of the model, as select=auto pooling=energy"),
         "num_classes": Option(int, None, "classes of the output (default: the model's)"),
         "gp": Option(str, None, "global pooling (default: the model's)"),

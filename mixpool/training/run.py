@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mixpool.conversion.stock import converted_stems
+from mixpool.stabilization.files import is_stabilized
+from mixpool.stabilization.treat import treated_layers
 from mixpool.training import checks, data
 from mixpool.training.model import build_model, build_task, convert_as_asked, prepare, stock_teacher
 from mixpool.training.splits import check_classes, fingerprint, open_splits
@@ -197,13 +199,13 @@ def _data_config(options, model: nn.Module) -> dict[str, Any]:
 def _conversion(model: nn.Module, report) -> str:
     if report is not None:
         return str(report)
-    stems = converted_stems(model)
-    if not stems:
-        return "stem: stock"
-    return "\n".join(
+    facts = [
         f"stem {name}: {stem.num_complex} of {len(stem.poolings)} channels pool by a modulus"
-        for name, stem in stems.items()
-    )
+        for name, stem in converted_stems(model).items()
+    ]
+    if is_stabilized(model):
+        facts.append(f"stabilized: {len(treated_layers(model))} layers with a low-pass")
+    return "\n".join(facts or ["stem: stock"])
 
 
 def _sizes(train_set, val_set, options, world_size: int) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixpool.conversion.checkpoint import STABILIZED
+from mixpool.stabilization.files import description_of
 from mixpool.training import state_file
 from mixpool.training.loop import DivergedError
 from mixpool.training.options import OPTIONS
@@ -69,6 +71,7 @@ def save(run: Run, also_as_best: bool = False) -> None:
             **run.task.get_checkpoint_state(),
             **(run.task.get_checkpoint_state(ema=True) if run.options.model_ema else {}),
             **({run.scaler.state_dict_key: run.scaler.state_dict()} if run.scaler is not None else {}),
+            **description_of(run.model),
             "run": {
                 "format": FORMAT,
                 "position": asdict(run.position),
@@ -107,6 +110,11 @@ def resume(run: Run, log: Callable[[str], None]) -> None:
             f"{path} was trained with other options or data ({'; '.join(changed)}): give the same again, another "
             "--experiment, or --restart to forget it"
         )
+    if _plan(state) != _plan(description_of(run.model)):
+        raise ValueError(
+            f"{path} has low-passes in other layers than the initial checkpoint has now: give the one that the run "
+            "started from, another --experiment, or --restart to forget it"
+        )
     processes = state["run"]["processes"]
     if len(processes) != run.world_size:
         raise ValueError(f"{path} was written by {len(processes)} process(es), this run has {run.world_size}")
@@ -136,6 +144,11 @@ def binding(run: Run) -> dict[str, Any]:
     """What the weights depend on, so that a run cannot go on with anything else: options and data."""
     options = {name: getattr(run.options, name) for name, option in OPTIONS.items() if not option.is_free}
     return options | run.dataset
+
+
+def _plan(told: dict[str, Any]) -> dict[str, str] | None:
+    """The low-passes of a stabilized network, None of another one; `told` is a checkpoint or a description."""
+    return told.get(STABILIZED, {}).get("plan")
 
 
 def _check_finite(run: Run) -> None:

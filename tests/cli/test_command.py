@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import mixpool
 from mixpool.cli import main
+from mixpool.cli.command import COMMANDS
 
 STOCK = "torchvision/squeezenet1_0"
 
@@ -34,7 +35,7 @@ def test_help_and_errors_do_not_import_the_heavy_packages():
     assert done.stderr.startswith("mixpool: error: argument --rest") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("inspect",), ("convert",), ("evaluate",), ("train",)])
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_help_shows_examples(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])

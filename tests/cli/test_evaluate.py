@@ -19,6 +19,8 @@ from mixpool.conversion.checkpoint import read_checkpoint
 from mixpool.evaluation.evaluate import evaluate
 from mixpool.evaluation.model_input import ModelInput, find_model_input
 from mixpool.filters.gabor import gabor_bank
+from mixpool.stabilization.files import save_stabilized
+from mixpool.stabilization.stabilize import stabilize
 from mixpool.timm_models.loading import load_model
 from mixpool.training.options import OPTIONS
 from mixpool.training.train import train
@@ -187,6 +189,25 @@ def test_the_records_of_converted_models_say_so(stock, data, tmp_path):
     run(parse(*models, "--data", data, "--output", tmp_path, *COMMON, "--limit", 1, "--protocols", "circular"))
     found = [(record["converted"], record["num_complex"]) for record in records.read(tmp_path / "evaluation.jsonl")]
     assert found == [(False, 0), (True, 8), (True, 48)]
+
+
+def test_a_stabilized_network_is_measured_as_such(stock, data, tmp_path, capsys):
+    model = load_model(NAME, stock, num_classes=2)
+    stabilize(model, torch.randn(16, 3, 40, 40), size=32)
+    path = tmp_path / "steady.safetensors"
+    save_stabilized(model, path, arch="resnet99")
+    models = (f"{NAME}={stock}", f"{NAME}={path}")
+    run(parse(*models, "--data", data, "--output", tmp_path, *COMMON, "--protocols", "kl"))
+    err = capsys.readouterr().err
+    assert f"{NAME}=steady.safetensors: stabilized, 1 layers with a low-pass" in err
+    assert "the checkpoint is of resnet99" in err
+    first, second = records.read(tmp_path / "evaluation.jsonl")
+    assert (first["num_low_passed"], second["num_low_passed"], second["converted"]) == (0, 1, False)
+    direct = evaluate(model, _images(data), protocols=("kl",), workers=0, model_input=find_model_input(model))
+    moved = direct.summary()["kl"]["diagonal"]["1"]
+    assert second["summary"]["kl"]["diagonal"]["1"] == moved != first["summary"]["kl"]["diagonal"]["1"]
+    with pytest.raises(ValueError, match="--convert is for stock models, and .*steady.safetensors is a stabilized one"):
+        run(parse(models[1], "--data", data, "--output", tmp_path, *COMMON, "--convert"))
 
 
 # --- checkpoints of a training ----------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ def stabilized_net(**arguments):
     model = Net().eval()
     model.conv1.weight.data.copy_(gabor_bank(8, 3, 7))
     mixpool.stabilize(model, torch.randn(16, 3, 48, 48), **arguments)
+    for stem in converted_stems(model).values():
+        stem.lay([arguments["stem"], "blurpool"] * 4)  # of noise, no channel is chosen
     return model
 
 

@@ -17,6 +17,9 @@ from mixpool.conversion.convert import revert
 from mixpool.evaluation.model_input import find_model_input
 from mixpool.evaluation.views import OwnView
 from mixpool.filters.gabor import gabor_bank
+from mixpool.stabilization.files import description_of, save_stabilized
+from mixpool.stabilization.stabilize import stabilize
+from mixpool.stabilization.treat import treated_layers
 from mixpool.stem.module import MixPoolStem
 from mixpool.timm_models.loading import _torchvision_config, load_model
 from mixpool.training.options import OPTIONS
@@ -85,6 +88,40 @@ def test_free_imaginary_filters_are_refused(tmp_path):
     for name in (NAME, f"mixpool_{NAME}"):
         with pytest.raises(ValueError, match="free.pth does not fit .*weight_imag .*no free imaginary filters"):
             load_model(name, tmp_path / "free.pth", num_classes=2)
+
+
+@pytest.fixture(scope="module")
+def steady():
+    """A stabilized network."""
+    torch.manual_seed(3)
+    model = model_of()
+    stabilize(model, torch.randn(8, 3, 40, 40), repair_which="statistics")
+    return model
+
+
+def test_a_file_of_a_stabilized_network_gives_that_network(steady, tmp_path):
+    save_stabilized(steady, tmp_path / "steady.safetensors")
+    torch.save({"state_dict": steady.state_dict(), **description_of(steady)}, tmp_path / "steady.pth.tar")
+    for name in ("steady.safetensors", "steady.pth.tar"):
+        loaded = load_model(NAME, tmp_path / name, num_classes=2)
+        assert same_outputs(loaded, steady) and treated_layers(loaded) == treated_layers(steady)
+        assert len(treated_layers(steady)) == 7 and not loaded.training
+    assert not same_outputs(timm.create_model(NAME, num_classes=2, checkpoint_path=tmp_path / name), steady)
+    with pytest.raises(ValueError, match="steady.safetensors does not fit the ResNet: .*fc.weight"):
+        load_model(NAME, tmp_path / "steady.safetensors", num_classes=5)
+    with pytest.raises(ValueError, match="does not fit the MixPoolResNet: expected maxpool to be a MaxPool2d"):
+        load_model(f"mixpool_{NAME}", tmp_path / "steady.safetensors", num_classes=2)
+
+
+def test_a_stabilized_network_is_built_as_it_was_trained(tmp_path):
+    arguments = {"num_classes": 2, "global_pool": "max"}
+    for arch in (NAME, f"mixpool_{NAME}"):
+        model = timm.create_model(arch, **arguments).eval()
+        stabilize(model, torch.randn(8, 3, 40, 40), stem="max", repair_which="statistics")
+        path = tmp_path / f"{arch}.safetensors"
+        save_stabilized(model, path, arch=arch, settings={"num_classes": 2, "gp": "max", "lr": 0.1})
+        assert same_outputs(load_model(NAME, path), model)
+        assert read_checkpoint(path).is_of(NAME) and len(treated_layers(model)) == 6
 
 
 def training_checkpoint(path, model, average=None, arch=NAME, **settings):

@@ -9,6 +9,10 @@ import torchvision
 from training_runs import CPU, options, parse
 
 from mixpool.conversion.stock import converted_stems
+from mixpool.stabilization.files import save_stabilized
+from mixpool.stabilization.stabilize import stabilize
+from mixpool.stabilization.treat import treated_layers
+from mixpool.timm_models.loading import load_model
 from mixpool.training.model import build_model, prepare, stock_teacher
 from mixpool.training.run import set_up
 
@@ -72,3 +76,29 @@ def test_a_model_of_torchvision(photos, tmp_path):
     assert isinstance(run.model, torchvision.models.SqueezeNet) and "64 of 64" in run.facts[0]
     with pytest.raises(ValueError, match="torchvision, which does not take drop"):
         set_up(options(photos, tmp_path, drop=0.1, **common), CPU, 0, 1)
+
+
+def test_a_stabilized_network_to_start_from(photos, tmp_path, steady_file):
+    common = {"model": "tiny_stock", "initial_checkpoint": steady_file}
+    run = set_up(options(photos, tmp_path, **common), CPU, 0, 1)
+    x, steady = torch.rand(2, 3, 32, 32), load_model("tiny_stock", steady_file)
+    assert torch.equal(run.model.eval()(x), steady(x))
+    assert treated_layers(run.model) == {"pool": "maxima, then low-pass"}
+    assert "stabilized: 1 layers with a low-pass" in run.facts[0]
+    with pytest.raises(ValueError, match="stabilized network: leave out `convert`"):
+        set_up(options(photos, tmp_path, convert=("select=all",), **common), CPU, 0, 1)
+    with pytest.raises(ValueError, match="`distill: stock` needs the stock network"):
+        set_up(options(photos, tmp_path, distill="stock", **common), CPU, 0, 1)
+    with pytest.raises(ValueError, match="give it as initial_checkpoint, not as pretrained_path"):
+        build_model(options(photos, tmp_path, model="tiny_stock", pretrained_path=steady_file))
+    with pytest.raises(ValueError, match="steady.safetensors does not fit the TinyNet: .*head"):
+        build_model(options(photos, tmp_path, num_classes=7, **common))
+
+
+def test_a_stabilized_network_of_torchvision(photos, tmp_path):
+    model = torchvision.models.squeezenet1_1(num_classes=4).eval()
+    stabilize(model, torch.randn(8, 3, 40, 40), repair_which=None)
+    save_stabilized(model, tmp_path / "steady.safetensors")
+    common = {"model": "torchvision/squeezenet1_1", "num_classes": 4, "img_size": 32}
+    built = build_model(options(photos, tmp_path, initial_checkpoint=tmp_path / "steady.safetensors", **common))
+    assert treated_layers(built) == treated_layers(model) and built.training

@@ -8,9 +8,12 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 from training_runs import options
 
 import mixpool
+from mixpool.stabilization.treat import treated_layers
+from mixpool.timm_models.loading import load_model
 from mixpool.training import run as run_module
 from mixpool.training.train import train
 
@@ -105,3 +108,52 @@ def test_timm_reads_the_checkpoints(photos, tmp_path):
     timm.models.load_checkpoint(model, path, use_ema=True)
     assert all(map(torch.equal, model.state_dict().values(), state["state_dict_ema"].values()))
     assert mixpool.stock_state_dict(model).keys() == timm.create_model("tiny_stem", converted=False).state_dict().keys()
+
+
+def same(first, second):
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        return torch.equal(first.eval()(x), second.eval()(x))
+
+
+def test_a_stabilized_network_is_trained_cut_continued_and_built_again(photos, tmp_path, steady_file):
+    common = {"model": "tiny_stock", "initial_checkpoint": steady_file, "model_ema": True, "model_ema_decay": 0.5}
+    train(options(photos, tmp_path, stop_after=1, **common))
+    path = tmp_path / "run/last.pth.tar"
+    plan = {"pool": "maxima, then low-pass"}
+    assert torch.load(path, weights_only=True)["mixpool"] == {"version": mixpool.__version__, "plan": plan}
+    train(options(photos, tmp_path, **common))
+    assert len(train(options(photos, tmp_path, experiment="uncut", **common))["history"]) == 3
+    cut, uncut = (torch.load(tmp_path / name / "last.pth.tar", weights_only=True) for name in ("run", "uncut"))
+    for entry in ("state_dict", "state_dict_ema"):
+        assert all(map(torch.equal, cut[entry].values(), uncut[entry].values()))
+
+    for name in ("last.pth.tar", "model_best.pth.tar"):
+        file = tmp_path / "run" / name
+        state = torch.load(file, weights_only=True)
+        loaded = load_model("tiny_stock", file)
+        assert treated_layers(loaded) == plan
+        assert all(map(torch.equal, loaded.state_dict().values(), state["state_dict_ema"].values()))
+        assert same(mixpool.load_stabilized(timm.create_model("tiny_stock"), file), loaded)
+        weights_alone = timm.create_model("tiny_stock", checkpoint_path=file)
+        assert not same(weights_alone, loaded) and same(mixpool.load_stabilized(weights_alone, file), loaded)
+
+    again = {"model": "tiny_stock", "initial_checkpoint": path, "epochs": 1, "experiment": "again"}
+    train(options(photos, tmp_path, **again))
+    assert torch.load(tmp_path / "again/last.pth.tar", weights_only=True)["mixpool"]["plan"] == plan
+
+
+def test_a_run_goes_on_only_with_its_low_passes(photos, tmp_path, steady_file):
+    common = {"model": "tiny_stock", "initial_checkpoint": steady_file}
+    train(options(photos, tmp_path, stop_after=1, **common))
+    steady_file.unlink()
+    save_file(timm.create_model("tiny_stock").state_dict(), steady_file)
+    before = (tmp_path / "run/last.pth.tar").read_bytes()
+    with pytest.raises(ValueError, match="low-passes in other layers than the initial checkpoint has now"):
+        train(options(photos, tmp_path, **common))
+    assert (tmp_path / "run/last.pth.tar").read_bytes() == before
+
+
+def test_a_stock_run_says_nothing_of_low_passes(photos, tmp_path):
+    train(options(photos, tmp_path, stop_after=1, model="tiny_stock"))
+    assert "mixpool" not in torch.load(tmp_path / "run/last.pth.tar", weights_only=True)
