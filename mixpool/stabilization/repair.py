@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mixpool.stabilization.agreement import disagreement, outputs_on
 from mixpool.stabilization.flow import LINEAR, Call, Flow, is_norm, trace
 from mixpool.stabilization.lowpass import DenseConv2d, LowPassConv2d
-from mixpool.stabilization.pictures import Squares, crops
+from mixpool.stabilization.pictures import Squares, crops, moved_crops
 from mixpool.stabilization.ridge import Ridge, num_positions, rows_of, targets_of
 from mixpool.stabilization.statistics import correct_statistics, norms_behind, statistics_of
 
@@ -29,6 +29,7 @@ CROPS = 192  # on which a layer is fitted at least, 1 to 8 of each image
 MAX_TARGET_BYTES = 2**29  # of stock outputs that are in memory at a time
 STATISTICS_CROPS = 128
 ENOUGH_HELD = 32  # images that decide, of which one crop each does
+SMOOTHNESS = 0.0
 TOLERANCE = 1e-6  # of the disagreement, below which it counts as equal
 
 Track = Callable[[Iterable, int | None], Iterable]
@@ -123,6 +124,7 @@ class _Repair:
         self, changed: nn.Module, stock: nn.Module, fit: Squares, held: Squares, ridge: float, seed: int
     ) -> None:
         self.changed, self.stock, self.fit, self.ridge, self.seed = changed, stock, fit, ridge, seed
+        self.smoothness = SMOOTHNESS
         parameter = next(changed.parameters())
         self.place = {"device": parameter.device, "dtype": parameter.dtype}
         rounds = 1 if len(held.images) >= ENOUGH_HELD else 2
@@ -236,18 +238,22 @@ class _Repair:
     def _solved(self, layers: Sequence[Call]) -> Iterator[tuple[list[Call], list[Ridge]]]:
         """Layers that do not read one another, with their problems; each group after the one before is refitted."""
         for chunk in self._chunks(layers):
-            targets = self._collected(self.stock, chunk, of_input=False)
+            targets: dict[str, list[Tensor]] = {call.name: [] for call in chunk}
+            for _, name, values in self._seen(self.stock, chunk, of_input=False):
+                targets[name].append(values)
             for group in self._groups(chunk):
-                rows = self._collected(self.changed, group, of_input=True)
-                problems = []
+                problems = {}
                 for call in group:
                     with_bias = call.module.bias is not None or self._norm_behind(call) is not None
                     num_rows = sum(part.shape[1] for part in targets[call.name])
-                    problem = Ridge(call.module, with_bias=with_bias, ridge=self.ridge, num_rows=num_rows)
-                    for own, wanted in zip(rows[call.name], targets[call.name], strict=True):
-                        problem.add(own, wanted)
-                    problems.append(problem)
-                yield group, problems
+                    problems[call.name] = Ridge(call.module, with_bias=with_bias, ridge=self.ridge, num_rows=num_rows)
+                for number, name, rows in self._seen(self.changed, group, of_input=True):
+                    problems[name].add(rows, targets[name][number])
+                if self.smoothness > 0:
+                    steps = [self._seen(self.changed, group, of_input=True, step=step) for step in (0, 1, 2)]
+                    for (_, name, first), (_, _, middle), (_, _, last) in zip(*steps, strict=True):
+                        problems[name].add_penalty(self.smoothness**0.5 * (middle - (first + last) / 2))
+                yield group, list(problems.values())
 
     def _chunks(self, layers: Sequence[Call]) -> list[list[Call]]:
         """Successive layers whose targets fit into memory together."""
@@ -283,45 +289,55 @@ class _Repair:
         wanted = -(-max(ROWS, ROWS_PER_UNKNOWN * unknowns) // (len(self.fit.images) * self._rounds))
         return min(num_positions(call.module, call.out_shape), max(1, wanted))
 
-    def _collected(self, model: nn.Module, calls: Sequence[Call], *, of_input: bool) -> dict[str, list[Tensor]]:
-        """Rows of the layers' unfolded inputs, or their outputs, at the same random positions of the same crops."""
-        generator = torch.Generator().manual_seed(self.seed)
-        found: dict[str, list[Tensor]] = {call.name: [] for call in calls}
-        positions: dict[str, Tensor] = {}
-        waiting: set[str] = set()
+    def _seen(
+        self, model: nn.Module, calls: Sequence[Call], *, of_input: bool, step: int | None = None
+    ) -> Iterator[tuple[int, str, Tensor]]:
+        """(batch, layer, rows): unfolded inputs or outputs, at the same random positions of the same crops.
 
-        def catch(name: str, layer: nn.Module):
+        step: 0, 1 or 2: crops so many pixels further, along a direction that is drawn for each batch.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        rows: dict[str, Tensor] = {}
+        positions: dict[str, Tensor] = {}
+
+        def catch(name: str):
             def hook(module: nn.Module, args: tuple, *out: Tensor) -> None:
                 take = rows_of if of_input else targets_of
-                found[name].append(take(layer, args[0] if of_input else out[0], positions[name]))
-                waiting.discard(name)
-                if not waiting:  # the rest of the network need not run
+                rows[name] = take(module, args[0] if of_input else out[0], positions[name])
+                if len(rows) == len(calls):  # the rest of the network need not run
                     raise _Reached
 
             return hook
 
-        handles = []
-        for call in calls:
-            layer = model.get_submodule(call.name)
-            register = layer.register_forward_pre_hook if of_input else layer.register_forward_hook
-            handles.append(register(catch(call.name, layer)))
-        try:
-            for batch in crops(self.fit, self._rounds, self.seed):
-                seeds = torch.randint(2**31, (), generator=generator).item()
-                for call in calls:
-                    total = num_positions(call.module, call.out_shape)
-                    own = torch.Generator().manual_seed(seeds + len(call.name))
-                    chosen = torch.randperm(total, generator=own)[: self._per_image(call)]
-                    positions[call.name] = chosen.to(self.place["device"])
-                waiting.update(positions)
-                try:
+        batches = (
+            crops(self.fit, self._rounds, self.seed)
+            if step is None
+            else moved_crops(self.fit, self._rounds, self.seed, step)
+        )
+        for number, batch in enumerate(batches):
+            start = int(torch.randint(2**31, (), generator=generator))
+            for call in calls:
+                total = num_positions(call.module, call.out_shape)
+                own = torch.Generator().manual_seed(start + sum(map(ord, call.name)))
+                positions[call.name] = torch.randperm(total, generator=own)[: self._per_image(call)].to(
+                    self.place["device"]
+                )
+            rows.clear()
+            handles = []
+            for call in calls:
+                layer = model.get_submodule(call.name)
+                register = layer.register_forward_pre_hook if of_input else layer.register_forward_hook
+                handles.append(register(catch(call.name)))
+            try:
+                with torch.no_grad():
                     model(batch.to(**self.place))
-                except _Reached:
-                    pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+            except _Reached:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for call in calls:
+                yield number, call.name, rows[call.name]
 
 
 class _Reached(Exception):
