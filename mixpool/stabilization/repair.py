@@ -19,7 +19,7 @@ from mixpool.stabilization.agreement import disagreement, outputs_on
 from mixpool.stabilization.flow import LINEAR, Call, Flow, is_norm, trace
 from mixpool.stabilization.lowpass import DenseConv2d, LowPassConv2d
 from mixpool.stabilization.pictures import Squares, crops
-from mixpool.stabilization.ridge import Ridge, num_positions, rows_of, targets_of
+from mixpool.stabilization.ridge import Ridge, is_plain, num_positions, rows_of, targets_of
 from mixpool.stabilization.statistics import correct_statistics, norms_behind, statistics_of
 
 WHICH = ("next", "all", "statistics")
@@ -176,7 +176,7 @@ class _Repair:
             call
             for call in self.flow.calls
             if call.name in wanted
-            and isinstance(call.module, LINEAR)
+            and is_plain(call.module)
             and self.flow.count(call.name) == 1
             and isinstance(_submodule(self.stock, call.name), LINEAR)
         ]

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from mixpool.filters.spectrum import pair
 from mixpool.ops.geometry import Pair
-from mixpool.stabilization.lowpass import DenseConv2d, LowPassConv2d
+from mixpool.stabilization.lowpass import DecimatingConv2d, DenseConv2d, LowPassConv2d
 
 MAX_UNKNOWNS = 8192  # per output: their Gram matrix takes half a GiB
 BIAS_RIDGE = 1e-3  # of the weights' one: the bias is nearly free
+PLAIN = {nn.Conv2d, nn.Linear, LowPassConv2d, DenseConv2d, DecimatingConv2d}
 
 
 class Ridge:
@@ -93,6 +94,11 @@ class Ridge:
         scaled = rows / held[:, None]
         kernel = scaled @ rows.mT + torch.eye(rows.shape[1], dtype=torch.float64)
         return scaled.mT @ torch.linalg.solve(kernel, targets - rows @ start)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the output is the weights times the unfolded input: no subclass, no weights made from others."""
+    return type(layer) in PLAIN and isinstance(layer._parameters.get("weight"), nn.Parameter)
 
 
 def num_positions(layer: nn.Module, out_shape: tuple[int, ...]) -> int:

@@ -113,7 +113,7 @@ def stabilize(
     with evaluating(model):
         flow = _traced(model, probe)
         before = steadiness(model, parts.report, labels)
-        changed = copy.deepcopy(model)
+        changed = _copied(model)
         conversion = None
         if stem in ("modulus", "energy"):
             conversion = _convert(changed, stem, parts.fit, notes)
@@ -227,6 +227,13 @@ def _traced(model: nn.Module, probe: Tensor) -> Flow:
         return trace(model, probe)
     except RuntimeError as error:
         raise ValueError(f"the model does not run on an image {tuple(probe.shape)}: {error}") from error
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # torch's own word on weights that are made from others, as pruned ones are
+        raise ValueError(f"the model cannot be copied: {error}") from error
 
 
 def _split(squares: Squares, labels: Tensor | None, seed: int) -> tuple[Split, Tensor | None]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 import torchvision
 from small_net import snapshot
 from strided_net import SIZE, TREATED, images, trained
 from support import assert_close, assert_same_bits
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d
 
 from mixpool import repair
@@ -49,7 +51,8 @@ class Chain(nn.Module):
         self.conv, self.pool, self.layer = nn.Conv2d(3, 8, 3, 1, 1), nn.AvgPool2d(2), layer
         self.norm = nn.Identity() if norm is None else norm
         self.head = nn.LazyLinear(5)
-        self.double().eval()(x_of(1))
+        with torch.no_grad():
+            self.double().eval()(x_of(1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.layer(self.pool(torch.relu(self.conv(x)))))
@@ -329,6 +332,33 @@ def test_a_shared_layer_is_left():
     changed = copy.deepcopy(stock)
     changed.pool = ScaledPool(2)
     assert repair(changed, stock, x_of(16)) == []
+
+
+class Halved(nn.Conv2d):
+    """A convolution that is none of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: Halved(8, 8, 3),
+        lambda: timm.layers.Conv2dSame(8, 8, 3, 2),
+        lambda: timm.layers.ScaledStdConv2d(8, 8, 3),
+        lambda: prune.l1_unstructured(nn.Conv2d(8, 8, 3), "weight", 3),
+        lambda: parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
+    ],
+    ids=["subclass", "same", "standardised", "pruned", "weight norm"],
+)
+def test_layers_with_arithmetic_of_their_own_are_left(layer):
+    stock = Chain(layer())
+    changed = copy.deepcopy(stock)
+    changed.pool = ScaledPool(2)
+    assert repair(changed, stock, x_of(16)) == []
+    (done,) = repair(changed, stock, x_of(48), which="all")
+    assert done.name == "head"
 
 
 def test_a_network_of_torchvision():

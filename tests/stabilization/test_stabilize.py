@@ -12,6 +12,7 @@ from small_net import Net, assert_unchanged, snapshot
 from strided_net import SIZE, TREATED, StridedNet, images, trained
 from support import assert_close, assert_same_bits
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import mixpool
 from mixpool import finalize, revert, stabilize
@@ -429,6 +430,23 @@ def test_bad_models(make, message):
         stabilize(model, images())
     if before and not any(v.is_meta or not torch.isfinite(v).all() for v in state.values()):
         assert_unchanged(model, before)
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = trained()
+    model.cached = model.head.weight * 2  # part of a graph
+    with pytest.raises(ValueError, match="the model cannot be copied: .*graph leaves"):
+        stabilize(model, images())
+    assert treated_layers(model) == {}
+
+
+def test_pruned_layers_are_treated_and_not_refitted(x):
+    model = trained()
+    prune.l1_unstructured(model.down, "weight", 3)
+    stock = out(model, x)
+    report = stabilize(model, images())
+    assert report.plan == TREATED and {own.name for own in report.repaired} == {"", "side"}
+    assert_same_bits("reverted", out(revert(model), x), stock)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
