@@ -11,6 +11,7 @@ MODULES = [
     "mixpool.timm_models",
     "benchmarks.cifar10.dense_stem",
     "benchmarks.cifar10.small_alexnet",
+    "benchmarks.cifar10.small_vgg",
 ]
 CONFIG = ROOT / "configs" / "cifar10_resnet18_30epochs.yaml"
 
@@ -47,6 +48,8 @@ RECIPES = {
         "mixpool_resnet18",
         {"model_kwargs": HALF["model_kwargs"], "val_interval": 5, "amp": False},
     ),
+    # a network of max pools of 2 x 2, to be stabilized
+    "vgg_30_float32": Recipe("small_vgg", "small_vgg", {"val_interval": 5, "amp": False}),
     "alexnet": Recipe(
         "small_alexnet",
         "mixpool_small_alexnet",
@@ -149,6 +152,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "main_30_float32": ("half_30_float32", MAIN),
     "full": ("full", MAIN),
     "alexnet": ("alexnet", (*MAIN, "wavelet_16", "wavelet_32_no_max_blur", "wavelet_48")),
+    "vgg": ("vgg_30_float32", ("stock",)),
     "batch_128": ("batch_128", ("stock", "wavelet_24_no_max_blur")),
 }
 

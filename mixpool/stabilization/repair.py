@@ -9,7 +9,7 @@ Whatever does not bring the network closer to the stock one on held-out images i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,10 @@ from mixpool.stabilization.statistics import correct_statistics, norms_behind, s
 WHICH = ("next", "all", "statistics")
 ROWS = 32768  # of a layer's least-squares problem at least; and
 ROWS_PER_UNKNOWN = 4
-CROPS = 768  # on which a layer is fitted at least, 1 to 8 of each image
+CROPS = 192  # on which a layer is fitted at least, 1 to 8 of each image
+MAX_TARGET_BYTES = 2**29  # of stock outputs that are in memory at a time
 STATISTICS_CROPS = 128
+ENOUGH_HELD = 32  # images that decide, of which one crop each does
 TOLERANCE = 1e-6  # of the disagreement, below which it counts as equal
 
 Track = Callable[[Iterable, int | None], Iterable]
@@ -123,7 +125,8 @@ class _Repair:
         self.changed, self.stock, self.fit, self.ridge, self.seed = changed, stock, fit, ridge, seed
         parameter = next(changed.parameters())
         self.place = {"device": parameter.device, "dtype": parameter.dtype}
-        self.held = [batch.to(**self.place) for batch in crops(held, 2, seed + 1)]
+        rounds = 1 if len(held.images) >= ENOUGH_HELD else 2
+        self.held = [batch.to(**self.place) for batch in crops(held, rounds, seed + 1)]
         self.wanted = outputs_on(stock, self.held)
         rounds = -(-min(STATISTICS_CROPS, 8 * len(fit.images)) // len(fit.images))
         few = [batch.to(**self.place) for batch in crops(fit, rounds, seed + 2, batch=16)]
@@ -158,9 +161,11 @@ class _Repair:
         if which == "statistics":
             return found
         layers = self.layers(places, which)
-        for call in track(layers, len(layers)):
-            done, score = self.refit(call, score)
-            found.append(done)
+        groups = [group for chunk in self._chunks(layers) for group in self._groups(chunk)]
+        for group, problems in track(self._solved(layers), len(groups)):
+            for call, problem in zip(group, problems, strict=True):
+                done, score = self.refit(call, problem, score)
+                found.append(done)
         return found
 
     def layers(self, places: Sequence[str], which: str) -> list[Call]:
@@ -181,12 +186,12 @@ class _Repair:
             and isinstance(_submodule(self.stock, call.name), LINEAR)
         ]
 
-    def refit(self, call: Call, score: float) -> tuple[Repaired, float]:
-        layer, twin = call.module, self.stock.get_submodule(call.name)
-        norm = self._norm_behind(call)
+    def refit(self, call: Call, problem: Ridge, score: float) -> tuple[Repaired, float]:
+        """Give a layer its solution; take it back if held-out images speak against it."""
+        layer, norm = call.module, self._norm_behind(call)
         statistics = {name: statistics_of(self.changed.get_submodule(name)) for name in self.starts}
         weights = [(p, p.detach().clone()) for p in (layer.weight, layer.bias) if p is not None]
-        weight, offset = self._solve(call, layer, twin, with_bias=layer.bias is not None or norm is not None)
+        weight, offset = problem.solve()
         if not torch.isfinite(weight).all():
             return Repaired(call.name, "left", score, score, "its least-squares problem has no finite solution"), score
         layer.weight.copy_(weight)
@@ -194,8 +199,8 @@ class _Repair:
             layer.bias.copy_(offset)
         if norm is not None:
             self._fit_norm(norm, offset if layer.bias is None else None)
-        names = [call.name for call in self.flow.behind([call.name])]
-        names = [name for name in self.norms if name in names and name != norm]
+        behind = {other.name for other in self.flow.behind([call.name])}
+        names = [name for name in self.norms if name in behind and name != norm]
         correct_statistics(self.changed, self.stock, self.few, names, self.starts)
         after = self.score()
         if not after <= score + TOLERANCE:
@@ -225,43 +230,101 @@ class _Repair:
             module.running_mean.copy_(mean)
             module.running_var.copy_(var)
 
-    def _solve(self, call: Call, layer: nn.Module, twin: nn.Module, *, with_bias: bool) -> tuple[Tensor, Tensor | None]:
-        count = len(self.fit.images)
-        rounds = max(1, min(8, CROPS // count))
-        unknowns = layer.weight[0].numel() + with_bias
-        total = num_positions(layer, call.out_shape)
-        per_image = min(total, max(1, -(-max(ROWS, ROWS_PER_UNKNOWN * unknowns) // (count * rounds))))
-        ridge = Ridge(layer, with_bias=with_bias, ridge=self.ridge, num_rows=count * rounds * per_image)
+    # --- rows and targets, for several layers in a pass ---------------------------------------------------------------
+
+    def _solved(self, layers: Sequence[Call]) -> Iterator[tuple[list[Call], list[Ridge]]]:
+        """Layers that do not read one another, with their problems; each group after the one before is refitted."""
+        for chunk in self._chunks(layers):
+            targets = self._collected(self.stock, chunk, of_input=False)
+            for group in self._groups(chunk):
+                rows = self._collected(self.changed, group, of_input=True)
+                problems = []
+                for call in group:
+                    with_bias = call.module.bias is not None or self._norm_behind(call) is not None
+                    num_rows = sum(part.shape[1] for part in targets[call.name])
+                    problem = Ridge(call.module, with_bias=with_bias, ridge=self.ridge, num_rows=num_rows)
+                    for own, wanted in zip(rows[call.name], targets[call.name], strict=True):
+                        problem.add(own, wanted)
+                    problems.append(problem)
+                yield group, problems
+
+    def _chunks(self, layers: Sequence[Call]) -> list[list[Call]]:
+        """Successive layers whose targets fit into memory together."""
+        chunks: list[list[Call]] = [[]]
+        num_bytes = 0
+        for call in layers:
+            own = 4 * self._rounds * len(self.fit.images) * self._per_image(call) * call.module.weight.shape[0]
+            if chunks[-1] and num_bytes + own > MAX_TARGET_BYTES:
+                chunks.append([])
+                num_bytes = 0
+            chunks[-1].append(call)
+            num_bytes += own
+        return chunks
+
+    def _groups(self, layers: Sequence[Call]) -> list[list[Call]]:
+        """Successive layers of which none reads what another one changes."""
+        groups: list[list[Call]] = []
+        for call in layers:
+            names = [other.name for other in groups[-1]] if groups else []
+            if groups and call.name not in {other.name for other in self.flow.behind(names)}:
+                groups[-1].append(call)
+            else:
+                groups.append([call])
+        return groups
+
+    @property
+    def _rounds(self) -> int:
+        return max(1, min(8, CROPS // len(self.fit.images)))
+
+    def _per_image(self, call: Call) -> int:
+        """Positions of a layer's output that are taken of each crop."""
+        unknowns = call.module.weight[0].numel() + 1
+        wanted = -(-max(ROWS, ROWS_PER_UNKNOWN * unknowns) // (len(self.fit.images) * self._rounds))
+        return min(num_positions(call.module, call.out_shape), max(1, wanted))
+
+    def _collected(self, model: nn.Module, calls: Sequence[Call], *, of_input: bool) -> dict[str, list[Tensor]]:
+        """Rows of the layers' unfolded inputs, or their outputs, at the same random positions of the same crops."""
         generator = torch.Generator().manual_seed(self.seed)
-        for batch in crops(self.fit, rounds, self.seed):
-            batch = batch.to(**self.place)
-            positions = torch.randperm(total, generator=generator)[:per_image].to(self.place["device"])
-            x = _seen(self.changed, layer, batch, of_input=True)
-            wanted = _seen(self.stock, twin, batch, of_input=False)
-            ridge.add(rows_of(layer, x, positions), targets_of(layer, wanted, positions))
-        return ridge.solve()
+        found: dict[str, list[Tensor]] = {call.name: [] for call in calls}
+        positions: dict[str, Tensor] = {}
+        waiting: set[str] = set()
+
+        def catch(name: str, layer: nn.Module):
+            def hook(module: nn.Module, args: tuple, *out: Tensor) -> None:
+                take = rows_of if of_input else targets_of
+                found[name].append(take(layer, args[0] if of_input else out[0], positions[name]))
+                waiting.discard(name)
+                if not waiting:  # the rest of the network need not run
+                    raise _Reached
+
+            return hook
+
+        handles = []
+        for call in calls:
+            layer = model.get_submodule(call.name)
+            register = layer.register_forward_pre_hook if of_input else layer.register_forward_hook
+            handles.append(register(catch(call.name, layer)))
+        try:
+            for batch in crops(self.fit, self._rounds, self.seed):
+                seeds = torch.randint(2**31, (), generator=generator).item()
+                for call in calls:
+                    total = num_positions(call.module, call.out_shape)
+                    own = torch.Generator().manual_seed(seeds + len(call.name))
+                    chosen = torch.randperm(total, generator=own)[: self._per_image(call)]
+                    positions[call.name] = chosen.to(self.place["device"])
+                waiting.update(positions)
+                try:
+                    model(batch.to(**self.place))
+                except _Reached:
+                    pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
 
 
 class _Reached(Exception):
     pass
-
-
-def _seen(model: nn.Module, layer: nn.Module, batch: Tensor, *, of_input: bool) -> Tensor:
-    """What reaches a layer, or what it gives; the rest of the network is not run."""
-    seen: list[Tensor] = []
-
-    def catch(module: nn.Module, args: tuple, *out: Tensor) -> None:
-        seen.append(args[0] if of_input else out[0])
-        raise _Reached
-
-    handle = layer.register_forward_pre_hook(catch) if of_input else layer.register_forward_hook(catch)
-    try:
-        model(batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return seen[0]
 
 
 def _reads_blurred(model: nn.Module, name: str) -> bool:
