@@ -88,7 +88,9 @@ def test_functions_that_pool_are_named():
 
 
 def test_a_module_may_count_as_a_layer():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Dropout(), nn.AvgPool2d(2)), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Sequential(nn.Dropout(), nn.AvgPool2d(2)), nn.ReLU(), nn.Conv2d(4, 4, 1)
+    )
     flow = trace(model.eval(), X, whole={"1", "2"})
     assert {call.name: call.sources for call in flow.calls} == {
         "0": {INPUT: True},

@@ -12,6 +12,7 @@ import torchvision
 from cheap_weights import make_cheap
 from torch import Tensor, nn
 
+from mixpool import revert, stabilize
 from mixpool.stabilization.flow import tensors_of, trace
 from mixpool.stabilization.treat import ORDERS, find_decimators, plan_of, treat, treated_layers, untreat
 
@@ -189,6 +190,33 @@ def test_treated_or_left_with_a_reason(name: str):
     assert [id(parameter) for parameter in model.parameters()] == parameters
     for x, expected in zip(images, stock, strict=True):
         assert all(torch.equal(out, was) for out, was in zip(tensors_of(model(x)), expected, strict=True))
+
+
+# Those whose repair goes its own way: concatenations, groups, a linear layer of many inputs, several outputs, FrozenBN.
+WHOLE = """torchvision/resnet18 torchvision/squeezenet1_1 torchvision/densenet121 torchvision/shufflenet_v2_x0_5
+    torchvision/alexnet torchvision/mobilenet_v2 torchvision/googlenet detection/fasterrcnn_resnet50_fpn
+    segmentation/deeplabv3_resnet50 timm/dpn68 timm/legacy_seresnet50 timm/regnetx_002 timm/nf_resnet50 timm/vgg11"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE.split())
+def test_stabilize_and_revert(name: str):
+    model = build(name).eval()
+    side = PARTICULAR.get(name, SIZES)[0][0]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        stock = tensors_of(model(x))
+    report = stabilize(model, torch.randn(2, 3, side, side), size=side)
+    assert len(report.plan) == TREATED[name] and treated_layers(model) == report.plan
+    assert report.repaired or "nf_" in name, "whose convolutions have arithmetic of their own, and no norms"
+    assert all(own.after <= own.before + 1e-5 for own in report.repaired if own.what != "left"), str(report)
+    assert list(model.state_dict()) == list(state)
+    with torch.no_grad():
+        assert [out.shape for out in tensors_of(model(x))] == [out.shape for out in stock]
+        revert(model)
+        assert all(torch.equal(out, was) for out, was in zip(tensors_of(model(x)), stock, strict=True))
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
 def test_the_sweep_is_wide():
