@@ -17,7 +17,7 @@ from mixpool.conversion.find import StemError
 from mixpool.conversion.stock import converted_stems
 from mixpool.selection.images import evaluating
 from mixpool.stabilization.agreement import steadiness
-from mixpool.stabilization.flow import Flow, trace
+from mixpool.stabilization.flow import Flow, tensors_of, trace
 from mixpool.stabilization.pictures import Split, Squares, crop, split, squares_for
 from mixpool.stabilization.repair import WHICH, Track, repair
 from mixpool.stabilization.report import StabilizationReport
@@ -112,6 +112,7 @@ def stabilize(
     settings = {"stem": stem, "later": later, "order": order, "repair": repair_which, "fidelity": fidelity}
     with evaluating(model):
         flow = _traced(model, probe)
+        _check_outputs(model, probe)
         before = steadiness(model, parts.report, labels)
         changed = _copied(model)
         conversion = None
@@ -227,6 +228,14 @@ def _traced(model: nn.Module, probe: Tensor) -> Flow:
         return trace(model, probe)
     except RuntimeError as error:
         raise ValueError(f"the model does not run on an image {tuple(probe.shape)}: {error}") from error
+
+
+def _check_outputs(model: nn.Module, probe: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in tensors_of(model(torch.cat([probe, probe])))]
+    if not shapes or any(shape[:1] != (2,) for shape in shapes):
+        raise ValueError(
+            f"expected outputs (N, ...) for N images, got {shapes[:3]} for 2: of a detector, give the backbone"
+        )
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -308,6 +308,15 @@ def test_double_precision(x):
     assert_same_bits("output", out(revert(model), x.double()), expected)
 
 
+def test_channels_last_stays():
+    model = trained().to(memory_format=torch.channels_last)
+    strides = {name: p.stride() for name, p in model.named_parameters()}
+    stock = out(model, images())
+    stabilize(model, images())
+    assert {name: p.stride() for name, p in model.named_parameters()} == strides
+    assert_same_bits("reverted", out(revert(model), images()), stock)
+
+
 # --- all or nothing ---------------------------------------------------------------------------------------------------
 
 
@@ -580,6 +589,23 @@ def test_a_network_that_is_no_classifier(x):
     assert report.plan == {name: TREATED[name] for name in ("pool", "down")}
     revert(model)
     assert all(torch.equal(model(x)[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    "outputs", [lambda x: [], lambda x: x.sum(), lambda x: [x, x[0, :1]]], ids=["none", "sum", "odd"]
+)
+def test_outputs_that_are_not_one_per_image_are_refused(outputs):
+    """As those of a detector, which finds as many things as there are."""
+
+    class Finds(StridedNet):
+        def forward(self, x: Tensor) -> object:
+            return outputs(super().forward(x))
+
+    model = trained(Finds())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="of a detector, give the backbone"):
+        stabilize(model, images())
+    assert_unchanged(model, before)
 
 
 def test_a_network_that_gives_nothing_finite_is_refused():
