@@ -39,6 +39,7 @@ DOCTESTED = (
     "mixpool.selection.pictures",
     "mixpool.selection.predict",
     "mixpool.selection.stats",
+    "mixpool.stabilization.stabilize",
     "mixpool.stem.module",
 )
 

@@ -19,7 +19,7 @@ from mixpool.stabilization.agreement import disagreement, outputs_on
 from mixpool.stabilization.flow import LINEAR, Call, Flow, is_norm, trace
 from mixpool.stabilization.lowpass import DenseConv2d, LowPassConv2d
 from mixpool.stabilization.pictures import Squares, crops, moved_crops
-from mixpool.stabilization.ridge import Ridge, num_positions, rows_of, targets_of
+from mixpool.stabilization.ridge import Ridge, is_plain, num_positions, rows_of, targets_of
 from mixpool.stabilization.statistics import correct_statistics, norms_behind, statistics_of
 
 WHICH = ("next", "all", "statistics")
@@ -90,14 +90,14 @@ def repair(
         raise ValueError(f"expected a positive ridge, got {ridge}")
     names = {name for name, _ in changed.named_modules()}
     places = changed_places(changed, stock)
-    fit = images if isinstance(images, Squares) else Squares(images, images.shape[-1])
+    fit = images if isinstance(images, Squares) else Squares(images, min(images.shape[-2:]))
     if held_out is None:
         if len(fit.images) < 2:
             raise ValueError(f"expected at least 2 images, got {len(fit.images)}")
         count = max(1, len(fit.images) // 8)
         held_out, fit = fit._replace(images=fit.images[:count]), fit._replace(images=fit.images[count:])
     elif not isinstance(held_out, Squares):
-        held_out = Squares(held_out, held_out.shape[-1])
+        held_out = Squares(held_out, min(held_out.shape[-2:]))
     modes = [(module, module.training) for net in (changed, stock) for module in net.modules()]
     try:
         changed.eval(), stock.eval()
@@ -133,7 +133,7 @@ class _Repair:
         rounds = -(-min(STATISTICS_CROPS, 8 * len(fit.images)) // len(fit.images))
         few = [batch.to(**self.place) for batch in crops(fit, rounds, seed + 2, batch=16)]
         self.few = few[: max(1, STATISTICS_CROPS // 16)]
-        self.flow: Flow = trace(changed, self.held[0][:1])
+        self.flow: Flow = trace(changed, self.held[0][:1], whole=changed_places(changed, stock))
         self.norms: list[str] = []
 
     def score(self) -> float:
@@ -172,19 +172,18 @@ class _Repair:
 
     def layers(self, places: Sequence[str], which: str) -> list[Call]:
         """Linear layers to refit, in order."""
-        calls = self.flow.behind(places) + [self.flow[name] for name in places]
         own = {
             name
             for name in places
             if isinstance(self.changed.get_submodule(name), LowPassConv2d) and _reads_blurred(self.changed, name)
         }
         reads = {call.name for name in set(places) - own for call in self.flow.readers(name)} | own
-        wanted = reads if which == "next" else {call.name for call in calls} - (set(places) - own)
+        wanted = reads if which == "next" else {call.name for call in self.flow.behind(places)} | own
         return [
             call
             for call in self.flow.calls
             if call.name in wanted
-            and isinstance(call.module, LINEAR)
+            and is_plain(call.module)
             and self.flow.count(call.name) == 1
             and isinstance(_submodule(self.stock, call.name), LINEAR)
         ]

@@ -17,11 +17,12 @@ from mixpool.conversion.find import StemError
 from mixpool.conversion.stock import converted_stems
 from mixpool.selection.images import evaluating
 from mixpool.stabilization.agreement import steadiness
-from mixpool.stabilization.flow import Flow, trace
+from mixpool.stabilization.flow import Flow, tensors_of, trace
 from mixpool.stabilization.pictures import Split, Squares, crop, split, squares_for
 from mixpool.stabilization.repair import WHICH, Track, repair
 from mixpool.stabilization.report import StabilizationReport
 from mixpool.stabilization.treat import ORDERS, Decimator, find_decimators, plan_of, treat, treated_layers, untreat
+from mixpool.stem.module import MixPoolStem
 
 STEMS = ("max", "blurpool", "modulus", "energy")
 LATER = ("blurpool", None)
@@ -111,8 +112,9 @@ def stabilize(
     settings = {"stem": stem, "later": later, "order": order, "repair": repair_which, "fidelity": fidelity}
     with evaluating(model):
         flow = _traced(model, probe)
+        _check_outputs(model, probe)
         before = steadiness(model, parts.report, labels)
-        changed = copy.deepcopy(model)
+        changed = _copied(model)
         conversion = None
         if stem in ("modulus", "energy"):
             conversion = _convert(changed, stem, parts.fit, notes)
@@ -173,12 +175,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{trained[0]} has changed since stabilize() ({len(trained)} such): its stock value would undo the training"
         )
-    if converted_stems(model):
-        stem_conversion.revert(model)
-    with torch.no_grad():
-        for name, value in state.stock.items():
-            tensors[name].copy_(value)
-    untreat(model)
+    _take_back(model, state, with_stem=True)
     delattr(model, ATTRIBUTE)
     return model
 
@@ -233,6 +230,21 @@ def _traced(model: nn.Module, probe: Tensor) -> Flow:
         raise ValueError(f"the model does not run on an image {tuple(probe.shape)}: {error}") from error
 
 
+def _check_outputs(model: nn.Module, probe: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in tensors_of(model(torch.cat([probe, probe])))]
+    if not shapes or any(shape[:1] != (2,) for shape in shapes):
+        raise ValueError(
+            f"expected outputs (N, ...) for N images, got {shapes[:3]} for 2: of a detector, give the backbone"
+        )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # torch's own word on weights that are made from others, as pruned ones are
+        raise ValueError(f"the model cannot be copied: {error}") from error
+
+
 def _split(squares: Squares, labels: Tensor | None, seed: int) -> tuple[Split, Tensor | None]:
     parts = split(squares, seed)
     if labels is None:
@@ -240,7 +252,7 @@ def _split(squares: Squares, labels: Tensor | None, seed: int) -> tuple[Split, T
     if len(labels) != len(squares.images):
         raise ValueError(f"expected a label for each of the {len(squares.images)} images, got {len(labels)}")
     numbered = split(squares._replace(images=torch.arange(len(labels))), seed)
-    return parts, labels.cpu()[numbered.report.images]
+    return parts, torch.as_tensor(labels).cpu()[numbered.report.images]
 
 
 def _convert(model: nn.Module, pooling: str, fit: Squares, notes: list[str]) -> Any:
@@ -264,6 +276,8 @@ def _stem_pool(flow: Flow) -> str | None:
     """The first max pool, if no more convolutions come before it than a deep stem has."""
     num_convs = 0
     for call in flow.calls:
+        if isinstance(call.module, MixPoolStem):
+            return None
         if isinstance(call.module, nn.MaxPool2d):
             return call.name
         num_convs += isinstance(call.module, nn.Conv2d)
@@ -284,21 +298,35 @@ def _as_done(decimators: list[Decimator], plan: dict[str, str]) -> tuple[Decimat
 
 def _put_into(model: nn.Module, changed: nn.Module, plan: dict[str, str], conversion: Any) -> None:
     """What was done to the copy, to the model itself."""
-    if conversion is not None:
-        (name, mixed), *_ = converted_stems(changed).items()
-        stem_conversion.convert(model, select=conversion.poolings, stem=name)
-        model.get_submodule(name).load_state_dict(mixed.state_dict())
-    stems = tuple(f"{name}." for name in converted_stems(model))
     state = Stabilized(plan)
-    own, other = _tensors(model), _tensors(changed)
+    try:
+        if conversion is not None:
+            (name, mixed), *_ = converted_stems(changed).items()
+            stem_conversion.convert(model, select=conversion.poolings, stem=name)
+            model.get_submodule(name).load_state_dict(mixed.state_dict())
+        stems = tuple(f"{name}." for name in converted_stems(model))
+        own, other = _tensors(model), _tensors(changed)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if not name.startswith(stems) and not torch.equal(tensor, other[name]):
+                    state.stock[name] = tensor.detach().clone()
+                    tensor.copy_(other[name])
+                    state.sums[name] = _fingerprint(tensor)
+        treat(model, plan)
+        setattr(model, ATTRIBUTE, state)
+    except BaseException:
+        _take_back(model, state, with_stem=conversion is not None)
+        raise
+
+
+def _take_back(model: nn.Module, state: Stabilized, *, with_stem: bool) -> None:
+    tensors = _tensors(model)
+    if with_stem and converted_stems(model):
+        stem_conversion.revert(model)
     with torch.no_grad():
-        for name, tensor in own.items():
-            if not name.startswith(stems) and not torch.equal(tensor, other[name]):
-                state.stock[name] = tensor.detach().clone()
-                tensor.copy_(other[name])
-                state.sums[name] = _fingerprint(tensor)
-    treat(model, plan)
-    setattr(model, ATTRIBUTE, state)
+        for name, value in state.stock.items():
+            tensors[name].copy_(value)
+    untreat(model)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
