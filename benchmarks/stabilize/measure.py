@@ -74,7 +74,9 @@ def of_features(outputs: list[Tensor]) -> Measured:
     energy = (outputs[0] - outputs[0].mean(dim=0)).double().square().flatten(1).sum(dim=1).mean()
     values = {}
     for k in SHIFTS:
-        pairs = [(a, b) for track in frames_of_directions(MAX_SHIFT) for a, b in zip(track[:-k], track[k:], strict=True)]
+        pairs = [
+            (a, b) for track in frames_of_directions(MAX_SHIFT) for a, b in zip(track[:-k], track[k:], strict=True)
+        ]
         moved = [(outputs[b] - outputs[a]).double().square().flatten(1).sum(dim=1) / energy for a, b in pairs]
         values[f"moved{k}"] = torch.stack(moved).mean(dim=0).sqrt()
     return Measured(values)

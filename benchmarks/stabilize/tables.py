@@ -46,7 +46,11 @@ def stabilize_open_nsfw() -> str:
 
 def stabilize() -> str:
     """The default beside stock, one line a network: for the README."""
-    names = {"squeezenet/0": "SqueezeNet, ImageNet photos", "resnet18": "ResNet-18, CIFAR-10", "small_vgg": "VGG, CIFAR-10"}
+    names = {
+        "squeezenet/0": "SqueezeNet, ImageNet photos",
+        "resnet18": "ResNet-18, CIFAR-10",
+        "small_vgg": "VGG, CIFAR-10",
+    }
     rows, used = [], []
     for bed, title in names.items():
         record = next((r for r in _records() if r["bed"] == bed and r["variant"] == "default"), None)

@@ -7,16 +7,16 @@ from typing import Any
 CONVERT = "convert"
 Variant = dict[str, Any] | str | None
 
-BLUR = {"repair_which": None}
+BLUR = {"repair": None}
 # Of all beds. `images`: how many of the bed's; None for synthetic pictures.
 COMMON: dict[str, Variant] = {
     "stock": None,
     "convert": CONVERT,
-    "stem alone": {"later": None, "repair_which": None},
+    "stem alone": {"later": None, "repair": None},
     "stem alone, repaired": {"later": None},
     "no repair": BLUR,
     "default": {},
-    "all": {"repair_which": "all"},
+    "all": {"repair": "all"},
     "fidelity 0": {"fidelity": 0.0},
     "fidelity 0.25": {"fidelity": 0.25},
     "fidelity 0.75": {"fidelity": 0.75},
@@ -30,11 +30,11 @@ COMMON: dict[str, Variant] = {
 }
 # Where norm layers and strided convolutions are.
 WITH_NORMS: dict[str, Variant] = {
-    "stem alone, statistics": {"later": None, "repair_which": "statistics"},
-    "statistics": {"repair_which": "statistics"},
+    "stem alone, statistics": {"later": None, "repair": "statistics"},
+    "statistics": {"repair": "statistics"},
     "behind, no repair": BLUR | {"order": "behind"},
-    "behind, statistics": {"order": "behind", "repair_which": "statistics"},
+    "behind, statistics": {"order": "behind", "repair": "statistics"},
     "behind": {"order": "behind"},
-    "behind, all": {"order": "behind", "repair_which": "all"},
+    "behind, all": {"order": "behind", "repair": "all"},
     "250 images": {"images": 250},
 }

@@ -29,7 +29,6 @@ CROPS = 192  # on which a layer is fitted at least, 1 to 8 of each image
 MAX_TARGET_BYTES = 2**29  # of stock outputs that are in memory at a time
 STATISTICS_CROPS = 128
 ENOUGH_HELD = 32  # images that decide, of which one crop each does
-SMOOTHNESS = 0.0
 TOLERANCE = 1e-6  # of the disagreement, below which it counts as equal
 
 Track = Callable[[Iterable, int | None], Iterable]
@@ -59,7 +58,9 @@ def repair(
     images: Squares | Tensor,
     *,
     which: str = "next",
+    places: Iterable[str] | None = None,
     ridge: float = 0.1,
+    smoothness: float = 0.0,
     held_out: Squares | Tensor | None = None,
     seed: int = 0,
     track: Track = lambda steps, total: steps,
@@ -74,7 +75,10 @@ def repair(
         images: normalised images (N, C, H, W), or squares from which crops are cut.
         which: "next": the layers that read a changed map; "all": every linear layer from there on; "statistics": none,
             only the norm layers' running statistics.
+        places: names of the changed modules to start from; default all whose types differ.
         ridge: how strongly the weights are held to what they are, as a share of their inputs' energy.
+        smoothness: weight of a penalty on outputs that move unevenly while the picture moves by two pixels: on the
+            difference between the middle one and the mean of the other two.
         held_out: other images, which decide; default an eighth of `images`.
         seed: of the crops and positions.
         track: wraps the loop over layers, (iterable, total), for a progress bar.
@@ -88,8 +92,12 @@ def repair(
         raise ValueError(f"expected which of {WHICH}, got {which!r}")
     if not ridge > 0:
         raise ValueError(f"expected a positive ridge, got {ridge}")
-    names = {name for name, _ in changed.named_modules()}
-    places = changed_places(changed, stock)
+    if not smoothness >= 0:
+        raise ValueError(f"expected a smoothness of at least 0, got {smoothness}")
+    found = changed_places(changed, stock)
+    places = found if places is None else set(places)
+    if not places <= found:
+        raise ValueError(f"expected places of {sorted(found)}, got {sorted(places - found)}")
     fit = images if isinstance(images, Squares) else Squares(images, min(images.shape[-2:]))
     if held_out is None:
         if len(fit.images) < 2:
@@ -102,8 +110,8 @@ def repair(
     try:
         changed.eval(), stock.eval()
         with torch.no_grad():
-            job = _Repair(changed, stock, fit, held_out, ridge, seed)
-            return job.run(places & names, which, track)
+            job = _Repair(changed, stock, fit, held_out, ridge, smoothness, seed)
+            return job.run(places, which, track)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -121,10 +129,17 @@ def changed_places(changed: nn.Module, stock: nn.Module) -> set[str]:
 
 class _Repair:
     def __init__(
-        self, changed: nn.Module, stock: nn.Module, fit: Squares, held: Squares, ridge: float, seed: int
+        self,
+        changed: nn.Module,
+        stock: nn.Module,
+        fit: Squares,
+        held: Squares,
+        ridge: float,
+        smoothness: float,
+        seed: int,
     ) -> None:
-        self.changed, self.stock, self.fit, self.ridge, self.seed = changed, stock, fit, ridge, seed
-        self.smoothness = SMOOTHNESS
+        self.changed, self.stock, self.fit = changed, stock, fit
+        self.ridge, self.smoothness, self.seed = ridge, smoothness, seed
         parameter = next(changed.parameters())
         self.place = {"device": parameter.device, "dtype": parameter.dtype}
         rounds = 1 if len(held.images) >= ENOUGH_HELD else 2

@@ -51,7 +51,7 @@ def small_behind() -> nn.Module:
 def large(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     make_cheap(monkeypatch)
     model = torchvision.models.get_model(name, weights=None, num_classes=7).eval()
-    stabilize(model, torch.randn(4, 3, SIDE + 8, SIDE + 8), size=SIDE, repair_which="statistics")
+    stabilize(model, torch.randn(4, 3, SIDE + 8, SIDE + 8), size=SIDE, repair="statistics")
     monkeypatch.undo()
     return model
 

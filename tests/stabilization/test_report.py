@@ -131,7 +131,8 @@ def test_the_report_of_a_stabilization():
     own = stabilize(model, given, size=32, seed=3)
     assert own.num_images == (28, 6, 6) and own.seconds > 0 and own.plan == TREATED
     assert own.settings == {
-        **{"stem": "blurpool", "later": "blurpool", "order": "before", "repair": "next", "fidelity": 0.5},
+        **{"stem": "blurpool", "later": "blurpool", "order": "before", "depth": "auto", "repair": "next"},
+            "fidelity": 0.5,
         **{"seed": 3, "size": 32},
     }
     assert [(d.name, d.treatment) for d in own.decimators] == [("conv", None), *TREATED.items()]

@@ -40,11 +40,11 @@ def out(model: nn.Module, x: Tensor) -> Tensor:
 # --- what is treated --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("repair_which", REPAIRS)
-def test_nothing_asked_for_changes_no_bit(x, repair_which):
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_nothing_asked_for_changes_no_bit(x, repair):
     model = trained()
     expected, before = out(model, x), snapshot(model)
-    report = stabilize(model, images(), stem="max", later=None, repair_which=repair_which)
+    report = stabilize(model, images(), stem="max", later=None, repair=repair)
     assert report.plan == {} and report.repaired == () and report.kept_bytes == 0
     assert any("nothing to treat" in note for note in report.notes)
     assert {own.why for own in report.decimators} == {"it reads the image", "as asked"}
@@ -59,7 +59,7 @@ def test_without_repair_the_network_is_the_treated_one(x):
     model = trained()
     by_hand = copy.deepcopy(model)
     treat(by_hand, TREATED)
-    report = stabilize(model, images(), repair_which=None)
+    report = stabilize(model, images(), repair=None)
     assert report.plan == TREATED == treated_layers(model) and report.repaired == ()
     assert_same_bits("output", out(model, x), out(by_hand, x))
     pooled = model.relu(model.norm(model.conv(x)))
@@ -81,7 +81,7 @@ def test_without_repair_the_network_is_the_treated_one(x):
 def test_what_is_asked_for_is_treated(x, options, plan):
     model = trained()
     shape, stock = model(x).shape, out(model, x)
-    report = stabilize(model, images(), repair_which=None, **options)
+    report = stabilize(model, images(), repair=None, **options)
     assert sorted(report.plan) == sorted(plan) and treated_layers(model) == report.plan
     assert bool(converted_stems(model)) == (options.get("stem") == "modulus")
     assert model(x).shape == shape and not torch.equal(out(model, x), stock)
@@ -93,13 +93,13 @@ def test_the_second_pool_is_not_the_stem_s_behind_a_converted_one():
         *(nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
         *(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 3)),
     )
-    report = stabilize(model, images(), size=SIZE, stem="modulus", later=None, repair_which=None)
+    report = stabilize(model, images(), size=SIZE, stem="modulus", later=None, repair=None)
     assert report.plan == {} and list(converted_stems(model)) == ["0"]
 
 
 def test_a_stem_that_cannot_be_converted_is_named():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Flatten(), nn.Linear(2048, 3))
-    report = stabilize(model, images(), size=SIZE, stem="modulus", repair_which=None)
+    report = stabilize(model, images(), size=SIZE, stem="modulus", repair=None)
     assert report.plan == {"1": "low-pass before"}
     assert any("the stem was not converted" in note for note in report.notes)
 
@@ -109,7 +109,7 @@ def test_a_repair_brings_the_network_back_to_stock(x):
     found = {}
     for which in REPAIRS:
         model = copy.deepcopy(stock)
-        report = stabilize(model, images(64), repair_which=which)
+        report = stabilize(model, images(64), repair=which)
         found[which] = report
         assert (report.kept_bytes > 0) == (which is not None)
     assert found["next"].repaired[-1].after < found["next"].repaired[0].before
@@ -170,7 +170,7 @@ def test_keys_shapes_and_parameters_stay(order):
     assert_same_bits("another model", out(fresh, images()), out(model, images()))
 
 
-@pytest.mark.parametrize("options", [{"repair_which": which} for which in REPAIRS] + CONVERTING, ids=str)
+@pytest.mark.parametrize("options", [{"repair": which} for which in REPAIRS] + CONVERTING, ids=str)
 def test_revert_is_the_way_back_to_the_bit(x, options):
     model = trained()
     expected, before = out(model, x), snapshot(model)
@@ -253,7 +253,7 @@ def test_a_trained_network_has_no_way_back(x):
 def test_without_repair_a_trained_network_can_be_reverted(x):
     """No stock value is kept, so none undoes the training."""
     model = trained()
-    stabilize(model, images(), repair_which=None)
+    stabilize(model, images(), repair=None)
     with torch.no_grad():
         model.down.weight += 1
     weight = model.down.weight.clone()
@@ -391,7 +391,7 @@ def test_a_loader_that_breaks_changes_nothing():
         ({"stem": "blur"}, "expected stem to be one of .*got 'blur'"),
         ({"later": "max"}, "expected later to be one of"),
         ({"order": "after"}, "expected order to be one of"),
-        ({"repair_which": "some"}, "expected repair_which to be one of"),
+        ({"repair": "some"}, "expected repair to be one of"),
         ({"fidelity": 1.5}, "fidelity from 0 to 1, got 1.5"),
         ({"fidelity": float("nan")}, "fidelity from 0 to 1"),
         ({"size": 64}, "at least 64 pixels"),
@@ -504,7 +504,7 @@ def test_bad_images(given, message):
 
 def test_images_that_nobody_normalised_are_noted():
     for given, note in ((images() * 60, "bytes"), (torch.rand(16, 3, 40, 40), "0 to 1"), (images() * 5, "training")):
-        report = stabilize(trained(), given, size=SIZE, repair_which=None)
+        report = stabilize(trained(), given, size=SIZE, repair=None)
         assert any("WARNING" in text and note in text for text in report.notes), note
         assert "WARNING" in str(report)
 
