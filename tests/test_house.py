@@ -112,7 +112,7 @@ def test_a_file_imports_its_own_folder_and_what_stands_left_of_it():
 
 
 BASE = {
-    "__init__.py": "from mixpool.stem.module import Stem\n",
+    "__init__.py": "from mixpool.stem.module import Stem\nfrom mixpool.version import VERSION\n",
     "filters/__init__.py": "",
     "filters/gabor.py": "import torch\n",
     "ops/__init__.py": "",
@@ -122,7 +122,8 @@ BASE = {
     "stem/__init__.py": "",
     "stem/module.py": "from mixpool.ops.norm import f\n",
     "timm_models/model.py": "from mixpool import Stem\n",
-    "records.py": "def stamp():\n    import mixpool\n",
+    "version.py": "VERSION = '1'\n",
+    "records.py": "from mixpool.version import VERSION\n",
     "figures.py": "import matplotlib\n",
     "__main__.py": "from mixpool.stem.module import Stem\n",
 }
@@ -149,6 +150,8 @@ def test_a_tree_that_obeys_is_let_through():
         ("__init__.py", "from mixpool.timm_models.model import Model\n"),
         ("stem/module.py", "from mixpool.timm_models.model import Model\n"),
         ("records.py", "from mixpool.filters.gabor import bank\n"),
+        ("records.py", "def stamp():\n    import mixpool\n"),
+        ("version.py", "import mixpool.records\n"),
         ("figures.py", "import mixpool\n"),
         ("figures.py", "from mixpool.records import stamp\n"),
         ("news.py", ""),
@@ -184,10 +187,10 @@ def test_the_fused_folder_counts_as_one_file_and_has_no_circle_inside():
 
 
 def test_the_picture_counts_levels_and_circles():
-    assert "levels: 8 of folders" in report(SOURCES) and report(SOURCES).endswith("circles: 0")
+    assert "levels: 10 of folders" in report(SOURCES) and report(SOURCES).endswith("circles: 0")
     lines = report(BASE).splitlines()
     assert lines[-1] == "circles: 0" and "levels: 3 of folders, 5 with the files beside them" in lines
-    assert "arrows: 2 between folders, 6 with the files beside them, 7 between all files" in lines
+    assert "arrows: 2 between folders, 7 with the files beside them, 8 between all files" in lines
     upward = {**BASE, "filters/gabor.py": "from mixpool.ops.norm import f\n"}
     assert report(upward).splitlines()[-2:] == ["circles: 1", "    filters -> ops -> filters"]
 
@@ -203,7 +206,8 @@ def test_every_module_has_its_test_file():
 
 def test_the_test_of_test_files_can_fail():
     tests = {"filters/test_gabor.py", "ops/test_norm.py", "ops/test_fused.py", "stem/test_module.py"}
-    tests |= {"timm_models/test_model.py", "test_records.py", "test_figures.py", "test_main.py"}
+    tests |= {"timm_models/test_model.py", "test_version.py", "test_records.py", "test_figures.py"}
+    tests |= {"test_main.py"}
     assert missing_tests(BASE, tests) == []
     for test in tests:
         assert len(missing_tests(BASE, tests - {test})) == 1, test

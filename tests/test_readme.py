@@ -40,6 +40,7 @@ DOCTESTED = (
     "mixpool.selection.predict",
     "mixpool.selection.stats",
     "mixpool.stabilization.files",
+    "mixpool.stabilization.stabilize",
     "mixpool.stem.module",
 )
 

@@ -96,7 +96,7 @@ def _stabilized(name: str, model: nn.Module, wanted: ModelInput) -> str:
     before = steadiness(model, squares)
     if before.flips is None:
         return f"{name} is no classifier: its flips were not counted."
-    report = stabilize(model, size=wanted.size, track=progress("refitting layers"))
+    report = stabilize(model, size=wanted.size, track=progress("low-passing and refitting"))
     after = steadiness(model, squares)
     kept = int((before.classes == after.classes).sum())
     flips, movement = ([found.summary()[column]["mean"] for found in (before, after)] for column in MEASURED)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mixpool.cli.common import existing, folder_photos, integer, progress, say, writable_file
 from mixpool.stabilization.pictures import FEW, MARGIN, MOST
 from mixpool.stabilization.repair import WHICH
-from mixpool.stabilization.stabilize import STEMS
+from mixpool.stabilization.stabilize import DEPTHS, STEMS
 from mixpool.stabilization.treat import ORDERS
 
 if TYPE_CHECKING:
@@ -64,6 +64,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="low-pass before a strided convolution or, as BlurPool does, behind its activation (default: %(default)s)",
     )
     how.add_argument(
+        "--depth",
+        choices=DEPTHS,
+        default="auto",
+        help="low-pass from the image on as deep as held-out images say it is worth, or everywhere "
+        "(default: %(default)s)",
+    )
+    how.add_argument(
         "--repair",
         choices=(*WHICH, "none"),
         default="next",
@@ -115,11 +122,12 @@ def run(options: argparse.Namespace) -> None:
         _images(options, wanted, size),
         stem=options.stem,
         order=options.order,
-        repair_which=None if options.repair == "none" else options.repair,
+        depth=options.depth,
+        repair=None if options.repair == "none" else options.repair,
         fidelity=options.fidelity,
         size=size,
         seed=options.seed,
-        track=progress("refitting layers"),
+        track=progress("low-passing and refitting"),
     )
     arch, settings = _origin(checkpoint, options)
     save_stabilized(model, output, arch=arch, settings=settings)

@@ -261,7 +261,8 @@ def _follow(trace: _Trace, conv_node: fx.Node) -> FoundStem:
     if trace.failure is not None:
         notes.append(f"traced only as far as the stem ({_short([trace.failure])})")
     parts = [n for n in (conv_node, norm, act, pool, blur) if n is not None]
-    repeated = [trace.name(n) for n in parts if sum(o.target == n.target for o in trace.graph.nodes) > 1]
+    calls = [(node.op, node.target) for node in trace.graph.nodes]  # x.relu() is no call of a module named relu
+    repeated = [trace.name(n) for n in parts if calls.count((n.op, n.target)) > 1]
     if repeated:
         raise StemError(f"expected each module of the stem to be called once, but {_short(repeated)} is called again")
     return FoundStem(

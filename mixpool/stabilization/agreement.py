@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ LAST = max(SHIFTS)
 
 
 @torch.no_grad()
-def outputs_on(model: nn.Module, batches: Sequence[Tensor]) -> list[list[Tensor]]:
+def outputs_on(model: nn.Module, batches: Iterable[Tensor]) -> list[list[Tensor]]:
     """The model's output tensors, batch by batch, float32 on the CPU."""
     return [[tensor.float().cpu() for tensor in tensors_of(model(batch))] for batch in batches]
 

@@ -85,7 +85,7 @@ def load_stabilized(model: nn.Module, file: str | Path | Checkpoint) -> nn.Modul
         >>> import os, tempfile, torchvision
         >>> from mixpool.stabilization.stabilize import stabilize
         >>> model = torchvision.models.squeezenet1_1()
-        >>> report = stabilize(model, torch.randn(16, 3, 72, 72), repair_which=None)
+        >>> report = stabilize(model, torch.randn(16, 3, 72, 72), repair=None)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_stabilized(model, os.path.join(folder, "steady.safetensors"))
         ...     same = load_stabilized(torchvision.models.squeezenet1_1(), os.path.join(folder, "steady.safetensors"))

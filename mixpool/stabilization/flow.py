@@ -5,7 +5,7 @@ Layers are whole; every other operation hands on where its inputs came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,7 @@ class Flow:
         return sum(call.name == name for call in self.calls)
 
     def behind(self, names: Iterable[str]) -> list[Call]:
-        """The calls that anything of these layers reaches, in order, these layers not among them."""
+        """The calls that anything of these layers reaches, in order; of these layers those that read one of them."""
         reached, found = set(names), []
         for call in self.calls:
             if reached & call.sources.keys():
@@ -73,15 +73,25 @@ class Flow:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, x: Any) -> Flow:
-    """Run the model once on x, in its present mode, and see what reads what."""
+def trace(model: nn.Module, x: Any, whole: Collection[str] = ()) -> Flow:
+    """Run the model once on x, in its present mode, and see what reads what.
+
+    Args:
+        whole: names of modules that count as layers, whatever they are and hold.
+    """
+
+    def stands_alone(name: str, module: nn.Module) -> bool:
+        return name in whole or is_layer(module)
+
     tracker = _Tracker()
     flow = tracker.flow
     tracker.mark(x, {INPUT: True})
     handles = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if id(module) in seen or not is_layer(module) or any(is_layer(m) for m in _ancestors(model, name)):
+        if id(module) in seen or not stands_alone(name, module):
+            continue
+        if any(stands_alone(above, model.get_submodule(above)) for above in _ancestors(name)):
             continue
         seen.add(id(module))
         handles.append(module.register_forward_pre_hook(tracker.enter(name)))
@@ -116,9 +126,9 @@ def tensors_of(value: Any) -> list[Tensor]:
     return []
 
 
-def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
-    parts = name.split(".")[:-1] if name else []
-    return [model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts) + 1)]
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
 class _Tracker(TorchFunctionMode):

@@ -49,6 +49,8 @@ class LowPassConv2d(nn.Conv2d):
     """A convolution of stride 2 whose input is low-passed along the axes of stride 2."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            return _one_node(self, x)
         x, stride = self.lowpassed(x)
         return self._at_stride(x, stride)
 
@@ -83,6 +85,8 @@ class LowPassMaxPool2d(nn.MaxPool2d):
     """Max pooling of stride 2 in BlurPool's order."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            return _one_node(self, x)
         size, stride, padding = pair(self.kernel_size), pair(self.stride), pair(self.padding)
         geometry = PoolGeometry(size, stride, padding, self.ceil_mode)
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or in_functorch():
@@ -90,6 +94,11 @@ class LowPassMaxPool2d(nn.MaxPool2d):
         else:
             dense = dense_max_pool(x, geometry)
         return binomial(dense, stride, stride)
+
+
+def _one_node(layer: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
+    """In any symbolic trace, as torch's own layers are."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
 
 
 def _with_hanging_windows(x: Tensor, pool: PoolGeometry) -> Tensor:

@@ -45,8 +45,8 @@ def squares_for(
 
     Args:
         images: a folder of photos; normalised images (N, C, H, W), or an iterable of images or batches (a data loader's
-            (images, labels) too); or None for synthetic pictures. Tensors larger than `size` by some pixels are cut at
-            several places; such of the input's own size are continued by reflection at the border.
+            (images, labels) too); or None for synthetic pictures. Tensors larger than `size` by 8 pixels are cut at
+            several places; smaller ones are continued by reflection at the border.
         size: side of the model's input, pixels; default what its configuration says, or the side of the tensors.
     Raises:
         ValueError: no image, images of several sizes, or not finite ones.
@@ -80,10 +80,13 @@ def squares_for(
     if side < size:
         raise ValueError(f"expected images of at least {size} pixels, got {tuple(found.shape[-2:])}")
     notes = []
-    if side == size:
-        found = F.pad(found, (MARGIN // 2,) * 4, mode="reflect" if side > MARGIN // 2 else "replicate")
+    lacking = [max(0, size + MARGIN - length) for length in found.shape[-2:]]
+    if max(lacking):
+        (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in lacking)
+        found = F.pad(found, (left, right, top, bottom), mode="reflect" if side > max(bottom, right) else "replicate")
         notes.append(
-            f"the images have the input's own size: shifted ones are continued by reflection ({MARGIN // 2} px)"
+            "the images are hardly larger than the input: shifted ones are continued by reflection "
+            f"({max(bottom, right)} px)"
         )
     top, left = ((length - min(length, size + MARGIN)) // 2 for length in found.shape[-2:])
     return _checked(model, found[..., top : top + size + MARGIN, left : left + size + MARGIN], size, notes)
@@ -108,6 +111,17 @@ def crops(squares: Squares, rounds: int, seed: int, batch: int = BATCH) -> Itera
             spare = [length - squares.size for length in images.shape[-2:]]
             y, x = (int(torch.randint(most + 1, (), generator=generator)) for most in spare)
             yield crop(images, y, x, squares.size)
+
+
+def moved_crops(squares: Squares, rounds: int, seed: int, step: int, batch: int = BATCH) -> Iterator[Tensor]:
+    """The crops at random offsets, `step` (0, 1 or 2) pixels further to the side, down or along the diagonal."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(rounds):
+        for images in squares.images.split(batch):
+            spare = [length - squares.size - 2 for length in images.shape[-2:]]
+            y, x = (int(torch.randint(most + 1, (), generator=generator)) for most in spare)
+            dy, dx = ((0, 1), (1, 0), (1, 1))[int(torch.randint(3, (), generator=generator))]
+            yield crop(images, y + step * dy, x + step * dx, squares.size)
 
 
 def crop(images: Tensor, y: int, x: int, size: int) -> Tensor:
@@ -162,6 +176,8 @@ def _strength(model: nn.Module, images: Tensor) -> float | None:
             model(images.to(parameter.device, parameter.dtype))
     except Reached:
         pass
+    except RuntimeError:  # the images do not fit the model, which whoever runs it for their sake says better
+        return None
     finally:
         for handle in handles:
             handle.remove()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mixpool.stabilization.agreement import disagreement, outputs_on
 from mixpool.stabilization.flow import LINEAR, Call, Flow, is_norm, trace
 from mixpool.stabilization.lowpass import DenseConv2d, LowPassConv2d
-from mixpool.stabilization.pictures import Squares, crops
-from mixpool.stabilization.ridge import Ridge, num_positions, rows_of, targets_of
+from mixpool.stabilization.pictures import Squares, crops, moved_crops
+from mixpool.stabilization.ridge import Ridge, is_plain, num_positions, rows_of, targets_of
 from mixpool.stabilization.statistics import correct_statistics, norms_behind, statistics_of
 
 WHICH = ("next", "all", "statistics")
@@ -58,7 +58,9 @@ def repair(
     images: Squares | Tensor,
     *,
     which: str = "next",
+    places: Iterable[str] | None = None,
     ridge: float = 0.1,
+    smoothness: float = 0.0,
     held_out: Squares | Tensor | None = None,
     seed: int = 0,
     track: Track = lambda steps, total: steps,
@@ -73,7 +75,10 @@ def repair(
         images: normalised images (N, C, H, W), or squares from which crops are cut.
         which: "next": the layers that read a changed map; "all": every linear layer from there on; "statistics": none,
             only the norm layers' running statistics.
+        places: names of the changed modules to start from; default all whose types differ.
         ridge: how strongly the weights are held to what they are, as a share of their inputs' energy.
+        smoothness: weight of a penalty on outputs that move unevenly while the picture moves by two pixels: on the
+            difference between the middle one and the mean of the other two.
         held_out: other images, which decide; default an eighth of `images`.
         seed: of the crops and positions.
         track: wraps the loop over layers, (iterable, total), for a progress bar.
@@ -87,22 +92,26 @@ def repair(
         raise ValueError(f"expected which of {WHICH}, got {which!r}")
     if not ridge > 0:
         raise ValueError(f"expected a positive ridge, got {ridge}")
-    names = {name for name, _ in changed.named_modules()}
-    places = changed_places(changed, stock)
-    fit = images if isinstance(images, Squares) else Squares(images, images.shape[-1])
+    if not smoothness >= 0:
+        raise ValueError(f"expected a smoothness of at least 0, got {smoothness}")
+    found = changed_places(changed, stock)
+    places = found if places is None else set(places)
+    if not places <= found:
+        raise ValueError(f"expected places of {sorted(found)}, got {sorted(places - found)}")
+    fit = images if isinstance(images, Squares) else Squares(images, min(images.shape[-2:]))
     if held_out is None:
         if len(fit.images) < 2:
             raise ValueError(f"expected at least 2 images, got {len(fit.images)}")
         count = max(1, len(fit.images) // 8)
         held_out, fit = fit._replace(images=fit.images[:count]), fit._replace(images=fit.images[count:])
     elif not isinstance(held_out, Squares):
-        held_out = Squares(held_out, held_out.shape[-1])
+        held_out = Squares(held_out, min(held_out.shape[-2:]))
     modes = [(module, module.training) for net in (changed, stock) for module in net.modules()]
     try:
         changed.eval(), stock.eval()
         with torch.no_grad():
-            job = _Repair(changed, stock, fit, held_out, ridge, seed)
-            return job.run(places & names, which, track)
+            job = _Repair(changed, stock, fit, held_out, ridge, smoothness, seed)
+            return job.run(places, which, track)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -120,9 +129,17 @@ def changed_places(changed: nn.Module, stock: nn.Module) -> set[str]:
 
 class _Repair:
     def __init__(
-        self, changed: nn.Module, stock: nn.Module, fit: Squares, held: Squares, ridge: float, seed: int
+        self,
+        changed: nn.Module,
+        stock: nn.Module,
+        fit: Squares,
+        held: Squares,
+        ridge: float,
+        smoothness: float,
+        seed: int,
     ) -> None:
-        self.changed, self.stock, self.fit, self.ridge, self.seed = changed, stock, fit, ridge, seed
+        self.changed, self.stock, self.fit = changed, stock, fit
+        self.ridge, self.smoothness, self.seed = ridge, smoothness, seed
         parameter = next(changed.parameters())
         self.place = {"device": parameter.device, "dtype": parameter.dtype}
         rounds = 1 if len(held.images) >= ENOUGH_HELD else 2
@@ -131,7 +148,7 @@ class _Repair:
         rounds = -(-min(STATISTICS_CROPS, 8 * len(fit.images)) // len(fit.images))
         few = [batch.to(**self.place) for batch in crops(fit, rounds, seed + 2, batch=16)]
         self.few = few[: max(1, STATISTICS_CROPS // 16)]
-        self.flow: Flow = trace(changed, self.held[0][:1])
+        self.flow: Flow = trace(changed, self.held[0][:1], whole=changed_places(changed, stock))
         self.norms: list[str] = []
 
     def score(self) -> float:
@@ -170,19 +187,18 @@ class _Repair:
 
     def layers(self, places: Sequence[str], which: str) -> list[Call]:
         """Linear layers to refit, in order."""
-        calls = self.flow.behind(places) + [self.flow[name] for name in places]
         own = {
             name
             for name in places
             if isinstance(self.changed.get_submodule(name), LowPassConv2d) and _reads_blurred(self.changed, name)
         }
         reads = {call.name for name in set(places) - own for call in self.flow.readers(name)} | own
-        wanted = reads if which == "next" else {call.name for call in calls} - (set(places) - own)
+        wanted = reads if which == "next" else {call.name for call in self.flow.behind(places)} | own
         return [
             call
             for call in self.flow.calls
             if call.name in wanted
-            and isinstance(call.module, LINEAR)
+            and is_plain(call.module)
             and self.flow.count(call.name) == 1
             and isinstance(_submodule(self.stock, call.name), LINEAR)
         ]
@@ -236,18 +252,22 @@ class _Repair:
     def _solved(self, layers: Sequence[Call]) -> Iterator[tuple[list[Call], list[Ridge]]]:
         """Layers that do not read one another, with their problems; each group after the one before is refitted."""
         for chunk in self._chunks(layers):
-            targets = self._collected(self.stock, chunk, of_input=False)
+            targets: dict[str, list[Tensor]] = {call.name: [] for call in chunk}
+            for _, name, values in self._seen(self.stock, chunk, of_input=False):
+                targets[name].append(values)
             for group in self._groups(chunk):
-                rows = self._collected(self.changed, group, of_input=True)
-                problems = []
+                problems = {}
                 for call in group:
                     with_bias = call.module.bias is not None or self._norm_behind(call) is not None
                     num_rows = sum(part.shape[1] for part in targets[call.name])
-                    problem = Ridge(call.module, with_bias=with_bias, ridge=self.ridge, num_rows=num_rows)
-                    for own, wanted in zip(rows[call.name], targets[call.name], strict=True):
-                        problem.add(own, wanted)
-                    problems.append(problem)
-                yield group, problems
+                    problems[call.name] = Ridge(call.module, with_bias=with_bias, ridge=self.ridge, num_rows=num_rows)
+                for number, name, rows in self._seen(self.changed, group, of_input=True):
+                    problems[name].add(rows, targets[name][number])
+                if self.smoothness > 0:
+                    steps = [self._seen(self.changed, group, of_input=True, step=step) for step in (0, 1, 2)]
+                    for (_, name, first), (_, _, middle), (_, _, last) in zip(*steps, strict=True):
+                        problems[name].add_penalty(self.smoothness**0.5 * (middle - (first + last) / 2))
+                yield group, list(problems.values())
 
     def _chunks(self, layers: Sequence[Call]) -> list[list[Call]]:
         """Successive layers whose targets fit into memory together."""
@@ -283,45 +303,55 @@ class _Repair:
         wanted = -(-max(ROWS, ROWS_PER_UNKNOWN * unknowns) // (len(self.fit.images) * self._rounds))
         return min(num_positions(call.module, call.out_shape), max(1, wanted))
 
-    def _collected(self, model: nn.Module, calls: Sequence[Call], *, of_input: bool) -> dict[str, list[Tensor]]:
-        """Rows of the layers' unfolded inputs, or their outputs, at the same random positions of the same crops."""
-        generator = torch.Generator().manual_seed(self.seed)
-        found: dict[str, list[Tensor]] = {call.name: [] for call in calls}
-        positions: dict[str, Tensor] = {}
-        waiting: set[str] = set()
+    def _seen(
+        self, model: nn.Module, calls: Sequence[Call], *, of_input: bool, step: int | None = None
+    ) -> Iterator[tuple[int, str, Tensor]]:
+        """(batch, layer, rows): unfolded inputs or outputs, at the same random positions of the same crops.
 
-        def catch(name: str, layer: nn.Module):
+        step: 0, 1 or 2: crops so many pixels further, along a direction that is drawn for each batch.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        rows: dict[str, Tensor] = {}
+        positions: dict[str, Tensor] = {}
+
+        def catch(name: str):
             def hook(module: nn.Module, args: tuple, *out: Tensor) -> None:
                 take = rows_of if of_input else targets_of
-                found[name].append(take(layer, args[0] if of_input else out[0], positions[name]))
-                waiting.discard(name)
-                if not waiting:  # the rest of the network need not run
+                rows[name] = take(module, args[0] if of_input else out[0], positions[name])
+                if len(rows) == len(calls):  # the rest of the network need not run
                     raise _Reached
 
             return hook
 
-        handles = []
-        for call in calls:
-            layer = model.get_submodule(call.name)
-            register = layer.register_forward_pre_hook if of_input else layer.register_forward_hook
-            handles.append(register(catch(call.name, layer)))
-        try:
-            for batch in crops(self.fit, self._rounds, self.seed):
-                seeds = torch.randint(2**31, (), generator=generator).item()
-                for call in calls:
-                    total = num_positions(call.module, call.out_shape)
-                    own = torch.Generator().manual_seed(seeds + len(call.name))
-                    chosen = torch.randperm(total, generator=own)[: self._per_image(call)]
-                    positions[call.name] = chosen.to(self.place["device"])
-                waiting.update(positions)
-                try:
+        batches = (
+            crops(self.fit, self._rounds, self.seed)
+            if step is None
+            else moved_crops(self.fit, self._rounds, self.seed, step)
+        )
+        for number, batch in enumerate(batches):
+            start = int(torch.randint(2**31, (), generator=generator))
+            for call in calls:
+                total = num_positions(call.module, call.out_shape)
+                own = torch.Generator().manual_seed(start + sum(map(ord, call.name)))
+                positions[call.name] = torch.randperm(total, generator=own)[: self._per_image(call)].to(
+                    self.place["device"]
+                )
+            rows.clear()
+            handles = []
+            for call in calls:
+                layer = model.get_submodule(call.name)
+                register = layer.register_forward_pre_hook if of_input else layer.register_forward_hook
+                handles.append(register(catch(call.name)))
+            try:
+                with torch.no_grad():
                     model(batch.to(**self.place))
-                except _Reached:
-                    pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+            except _Reached:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for call in calls:
+                yield number, call.name, rows[call.name]
 
 
 class _Reached(Exception):

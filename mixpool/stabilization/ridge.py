@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from mixpool.filters.spectrum import pair
 from mixpool.ops.geometry import Pair
-from mixpool.stabilization.lowpass import LowPassConv2d
+from mixpool.stabilization.lowpass import DecimatingConv2d, DenseConv2d, LowPassConv2d
 
 MAX_UNKNOWNS = 8192  # per output: their Gram matrix takes half a GiB
 BIAS_RIDGE = 1e-3  # of the weights' one: the bias is nearly free
+PLAIN = {nn.Conv2d, nn.Linear, LowPassConv2d, DenseConv2d, DecimatingConv2d}
 
 
 class Ridge:
@@ -62,6 +63,16 @@ class Ridge:
         self.gram = gram if self.gram is None else self.gram.add_(gram)
         self.cross = cross if self.cross is None else self.cross.add_(cross)
 
+    def add_penalty(self, rows: Tensor) -> None:
+        """Rows (g, n, d) that the new weights should map to 0."""
+        if self.with_bias:
+            rows = F.pad(rows, (0, 1))
+        if self.is_dual:
+            self.rows.append(rows.cpu())
+            self.targets.append(rows.new_zeros(*rows.shape[:2], self.weight.shape[1]).cpu())
+        else:
+            self.gram.add_((rows.mT @ rows).double().cpu())
+
     def solve(self) -> tuple[Tensor, Tensor | None]:
         """(weight, offset) in float64: the layer's shape, and (C_out,) or None. RuntimeError if nothing was added."""
         if self.count == 0:
@@ -95,9 +106,17 @@ class Ridge:
         return scaled.mT @ torch.linalg.solve(kernel, targets - rows @ start)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the output is the weights times the unfolded input: no subclass, no weights made from others."""
+    return type(layer) in PLAIN and isinstance(layer._parameters.get("weight"), nn.Parameter)
+
+
 def num_positions(layer: nn.Module, out_shape: tuple[int, ...]) -> int:
-    """Positions of a layer's output per image."""
-    return out_shape[-2] * out_shape[-1] if isinstance(layer, nn.Conv2d) else max(1, _rows(out_shape))
+    """Positions of the stock layer's output per image."""
+    if not isinstance(layer, nn.Conv2d):
+        return max(1, _rows(out_shape))
+    skip = layer.stride if isinstance(layer, DenseConv2d) else (1, 1)
+    return -(-out_shape[-2] // skip[0]) * -(-out_shape[-1] // skip[1])
 
 
 def _rows(shape: tuple[int, ...]) -> int:
@@ -108,10 +127,14 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 
 def rows_of(layer: nn.Conv2d | nn.Linear, x: Tensor, positions: Tensor) -> Tensor:
-    """(g, n * P, d) unfolded inputs of a layer at some positions (P,) of its output, in row-major order."""
+    """(g, n * P, d) unfolded inputs of a layer at some positions (P,) of its output, in row-major order.
+
+    Of a dense convolution at those of the stock one, which are all that has a target.
+    """
     if isinstance(layer, nn.Linear):
         return x.reshape(x.shape[0], -1, x.shape[-1])[:, positions].flatten(0, 1)[None]
-    x, stride = layer.lowpassed(x) if isinstance(layer, LowPassConv2d) else (x, layer.stride)
+    is_low_passed = isinstance(layer, LowPassConv2d) and not isinstance(layer, DenseConv2d)
+    x, stride = layer.lowpassed(x) if is_low_passed else (x, layer.stride)
     windows = _windows(layer, x, stride)  # (N, C, h, w, kh, kw)
     width = windows.shape[3]
     picked = windows[:, :, positions // width, positions % width]  # (N, C, P, kh, kw)

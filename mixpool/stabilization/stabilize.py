@@ -16,16 +16,22 @@ from mixpool.conversion import convert as stem_conversion
 from mixpool.conversion.find import StemError
 from mixpool.conversion.stock import converted_stems
 from mixpool.selection.images import evaluating
+from mixpool.stabilization import repair as repairing
 from mixpool.stabilization.agreement import steadiness
-from mixpool.stabilization.flow import Flow, trace
+from mixpool.stabilization.choose import Level, choose, levels_of
+from mixpool.stabilization.flow import Flow, tensors_of, trace
 from mixpool.stabilization.pictures import Split, Squares, crop, split, squares_for
-from mixpool.stabilization.repair import WHICH, Track, repair
+from mixpool.stabilization.repair import WHICH, Track
 from mixpool.stabilization.report import StabilizationReport
 from mixpool.stabilization.treat import ORDERS, Decimator, find_decimators, plan_of, treat, treated_layers, untreat
+from mixpool.stem.module import MixPoolStem
 
 STEMS = ("max", "blurpool", "modulus", "energy")
 LATER = ("blurpool", None)
+DEPTHS = ("auto", "all")
 MOST_STEM_CONVS = 3
+PRICE = 0.24  # of the choice of the depth, times the fidelity
+SMOOTHNESS = 6.0  # of the repair, times 1 - fidelity
 ATTRIBUTE = "_mixpool_stabilized"  # of the model: what `revert` needs
 
 
@@ -57,7 +63,8 @@ def stabilize(
     stem: str = "blurpool",
     later: str | None = "blurpool",
     order: str = "before",
-    repair_which: str | None = "next",
+    depth: str = "auto",
+    repair: str | None = "next",
     fidelity: float = 0.5,
     size: int | None = None,
     labels: Tensor | None = None,
@@ -79,10 +86,11 @@ def stabilize(
             "energy" (the others of its channels on "blurpool").
         later: "blurpool" low-passes the layers behind the stem; None leaves them.
         order: "before" low-passes what a strided convolution reads; "behind" its activation, as BlurPool does.
-        repair_which: "next": refit the layers that read a changed map; "all": all layers from there on; "statistics":
-            norm layers alone; None: nothing.
-        fidelity: 0 to 1, from the steadiest to the closest to stock: weights are held with a ridge of
-            10 ** (-2 fidelity).
+        repair: "next": refit the layers that read a changed map; "all": all layers from there on; "statistics":
+            norm layers alone; None: nothing, and all is treated.
+        depth: "auto" treats the network from the image on as deep as held-out images say it is worth, "all" everywhere.
+        fidelity: 0 to 1, from the steadiest to the closest to stock: how deep it is worth to treat, how strongly a
+            refitted layer is held to be smooth, and how weakly to its weights (a ridge of 10 ** (-2 fidelity)).
         size: side of the model's input, pixels; default what its configuration says.
         labels: (N,) classes of `images` (a tensor), for top-1 in the report.
         seed: of the random splits, crops and positions.
@@ -96,44 +104,48 @@ def stabilize(
     Example:
         >>> import torchvision
         >>> model = torchvision.models.squeezenet1_1()
-        >>> report = stabilize(model, torch.randn(16, 3, 72, 72), repair_which=None)
+        >>> report = stabilize(model, torch.randn(16, 3, 72, 72), repair=None)
         >>> len(report.plan)
         3
     """
     started = time.perf_counter()
-    _check_arguments(stem, later, order, repair_which, fidelity)
+    _check_arguments(stem, later, order, depth, repair, fidelity)
     _check_model(model)
     squares = squares_for(model, images, size=size, seed=seed)
     parts, labels = _split(squares, labels, seed)
     parameter = next(model.parameters())
     probe = crop(squares.images[:1], 0, 0, squares.size).to(parameter.device, parameter.dtype)
     notes = list(squares.notes)
-    settings = {"stem": stem, "later": later, "order": order, "repair": repair_which, "fidelity": fidelity}
+    settings = {"stem": stem, "later": later, "order": order, "depth": depth, "repair": repair, "fidelity": fidelity}
     with evaluating(model):
         flow = _traced(model, probe)
+        _check_outputs(model, probe)
         before = steadiness(model, parts.report, labels)
-        changed = copy.deepcopy(model)
+        changed = _copied(model)
         conversion = None
         if stem in ("modulus", "energy"):
             conversion = _convert(changed, stem, parts.fit, notes)
         flow = _traced(changed, probe) if conversion is not None else flow
         decimators = find_decimators(flow)
-        plan = plan_of(flow, _wanted(decimators, flow, stem, later), order)
-        treat(changed, plan)
-        repaired = ()
-        if repair_which is not None and (plan or conversion is not None):
-            repaired = tuple(
-                repair(
-                    changed,
-                    model,
-                    parts.fit,
-                    which=repair_which,
-                    ridge=10.0 ** (-2 * fidelity),
-                    held_out=parts.choose,
-                    seed=seed,
-                    track=track,
-                )
-            )
+        wanted = plan_of(flow, _wanted(decimators, flow, stem, later), order)
+        how = {"ridge": 10.0 ** (-2 * fidelity), "smoothness": SMOOTHNESS * (1 - fidelity), "seed": seed}
+        repaired = []
+        if conversion is not None and repair is not None:
+            repaired += repairing.repair(changed, model, parts.fit, which=repair, held_out=parts.choose, **how)
+        levels, done = choose(
+            changed,
+            model,
+            levels_of(wanted, flow),
+            parts,
+            price=PRICE * fidelity if depth == "auto" and repair is not None else None,
+            track=track,
+            which="next" if repair == "all" else repair,
+            **how,
+        )
+        repaired += done
+        plan = {name: treatment for level in levels if level.is_kept for name, treatment in level.plan.items()}
+        if repair == "all" and (plan or conversion is not None):
+            repaired += repairing.repair(changed, model, parts.fit, which="all", held_out=parts.choose, **how)
         after = steadiness(changed, parts.report, labels)
         if not torch.isfinite(after.movement).all():
             raise ValueError("the stabilized network's outputs are not finite; nothing was changed")
@@ -141,10 +153,10 @@ def stabilize(
         notes.append("nothing to treat: no layer decimates in a way that can be low-passed")
     _put_into(model, changed, plan, conversion)
     return StabilizationReport(
-        decimators=_as_done(decimators, plan),
+        decimators=_as_done(decimators, plan, levels),
         plan=plan,
         stem=stem,
-        repaired=repaired,
+        repaired=tuple(repaired),
         before=before,
         after=after,
         num_images=tuple(len(part.images) for part in parts),
@@ -174,12 +186,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{trained[0]} has changed since stabilize() ({len(trained)} such): its stock value would undo the training"
         )
-    if converted_stems(model):
-        stem_conversion.revert(model)
-    with torch.no_grad():
-        for name, value in state.stock.items():
-            tensors[name].copy_(value)
-    untreat(model)
+    _take_back(model, state, with_stem=True)
     delattr(model, ATTRIBUTE)
     return model
 
@@ -196,12 +203,13 @@ def finalize(model: nn.Module) -> nn.Module:
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 
-def _check_arguments(stem: str, later: str | None, order: str, which: str | None, fidelity: float) -> None:
+def _check_arguments(stem: str, later: str | None, order: str, depth: str, which: str | None, fidelity: float) -> None:
     for name, value, allowed in (
         ("stem", stem, STEMS),
         ("later", later, LATER),
         ("order", order, ORDERS),
-        ("repair_which", which, (*WHICH, None)),
+        ("depth", depth, DEPTHS),
+        ("repair", which, (*WHICH, None)),
     ):
         if value not in allowed:
             raise ValueError(f"expected {name} to be one of {allowed}, got {value!r}")
@@ -234,6 +242,21 @@ def _traced(model: nn.Module, probe: Tensor) -> Flow:
         raise ValueError(f"the model does not run on an image {tuple(probe.shape)}: {error}") from error
 
 
+def _check_outputs(model: nn.Module, probe: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in tensors_of(model(torch.cat([probe, probe])))]
+    if not shapes or any(shape[:1] != (2,) for shape in shapes):
+        raise ValueError(
+            f"expected outputs (N, ...) for N images, got {shapes[:3]} for 2: of a detector, give the backbone"
+        )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # torch's own word on weights that are made from others, as pruned ones are
+        raise ValueError(f"the model cannot be copied: {error}") from error
+
+
 def _split(squares: Squares, labels: Tensor | None, seed: int) -> tuple[Split, Tensor | None]:
     parts = split(squares, seed)
     if labels is None:
@@ -241,7 +264,7 @@ def _split(squares: Squares, labels: Tensor | None, seed: int) -> tuple[Split, T
     if len(labels) != len(squares.images):
         raise ValueError(f"expected a label for each of the {len(squares.images)} images, got {len(labels)}")
     numbered = split(squares._replace(images=torch.arange(len(labels))), seed)
-    return parts, labels.cpu()[numbered.report.images]
+    return parts, torch.as_tensor(labels).cpu()[numbered.report.images]
 
 
 def _convert(model: nn.Module, pooling: str, fit: Squares, notes: list[str]) -> Any:
@@ -265,6 +288,8 @@ def _stem_pool(flow: Flow) -> str | None:
     """The first max pool, if no more convolutions come before it than a deep stem has."""
     num_convs = 0
     for call in flow.calls:
+        if isinstance(call.module, MixPoolStem):
+            return None
         if isinstance(call.module, nn.MaxPool2d):
             return call.name
         num_convs += isinstance(call.module, nn.Conv2d)
@@ -273,33 +298,48 @@ def _stem_pool(flow: Flow) -> str | None:
     return None
 
 
-def _as_done(decimators: list[Decimator], plan: dict[str, str]) -> tuple[Decimator, ...]:
-    """The decimators with what was done in the end."""
+def _as_done(decimators: list[Decimator], plan: dict[str, str], levels: list[Level]) -> tuple[Decimator, ...]:
+    """The decimators with what was done in the end, and why not."""
+    left = {name: level.why for level in levels if not level.is_kept for name in level.plan}
     done = []
     for own in decimators:
         treatment = plan.get(own.name)
-        why = own.why if own.treatment is None else ("" if treatment else "as asked")
+        why = own.why if own.treatment is None else ("" if treatment else left.get(own.name, "as asked"))
         done.append(replace(own, treatment=treatment, why=why))
     return tuple(done)
 
 
 def _put_into(model: nn.Module, changed: nn.Module, plan: dict[str, str], conversion: Any) -> None:
     """What was done to the copy, to the model itself."""
-    if conversion is not None:
-        (name, mixed), *_ = converted_stems(changed).items()
-        stem_conversion.convert(model, select=conversion.poolings, stem=name)
-        model.get_submodule(name).load_state_dict(mixed.state_dict())
-    stems = tuple(f"{name}." for name in converted_stems(model))
     state = Stabilized(plan)
-    own, other = _tensors(model), _tensors(changed)
+    try:
+        if conversion is not None:
+            (name, mixed), *_ = converted_stems(changed).items()
+            stem_conversion.convert(model, select=conversion.poolings, stem=name)
+            model.get_submodule(name).load_state_dict(mixed.state_dict())
+        stems = tuple(f"{name}." for name in converted_stems(model))
+        own, other = _tensors(model), _tensors(changed)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if not name.startswith(stems) and not torch.equal(tensor, other[name]):
+                    state.stock[name] = tensor.detach().clone()
+                    tensor.copy_(other[name])
+                    state.sums[name] = _fingerprint(tensor)
+        treat(model, plan)
+        setattr(model, ATTRIBUTE, state)
+    except BaseException:
+        _take_back(model, state, with_stem=conversion is not None)
+        raise
+
+
+def _take_back(model: nn.Module, state: Stabilized, *, with_stem: bool) -> None:
+    tensors = _tensors(model)
+    if with_stem and converted_stems(model):
+        stem_conversion.revert(model)
     with torch.no_grad():
-        for name, tensor in own.items():
-            if not name.startswith(stems) and not torch.equal(tensor, other[name]):
-                state.stock[name] = tensor.detach().clone()
-                tensor.copy_(other[name])
-                state.sums[name] = _fingerprint(tensor)
-    treat(model, plan)
-    setattr(model, ATTRIBUTE, state)
+        for name, value in state.stock.items():
+            tensors[name].copy_(value)
+    untreat(model)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -98,11 +98,12 @@ def treat(model: nn.Module, plan: Mapping[str, str]) -> None:
         modules[name].__class__ = TREATMENTS[treatment][0]
 
 
-def untreat(model: nn.Module) -> None:
-    """Give all treated layers the stock classes back."""
+def untreat(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Give treated layers the stock classes back; all of them by default."""
     stock = {treated: own for treated, own in TREATMENTS.values()}
-    for module in model.modules():
-        if type(module) in stock:
+    chosen = None if names is None else set(names)
+    for name, module in model.named_modules():
+        if type(module) in stock and (chosen is None or name in chosen):
             module.__class__ = stock[type(module)]
 
 

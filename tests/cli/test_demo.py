@@ -59,7 +59,7 @@ def test_a_trained_classifier_is_shown_before_and_after_stabilize(tmp_path, monk
     assert all(0 <= float(value) <= 100 for value in flips) and float(kl[1]) <= float(kl[0])
     assert (tmp_path / "new" / "demo.png").exists()
 
-    mixpool.stabilize(model, torch.randn(8, 3, 40, 40), repair_which=None)
+    mixpool.stabilize(model, torch.randn(8, 3, 40, 40), repair=None)
     mixpool.save_stabilized(model, tmp_path / "steady.safetensors")
     assert "steady.safetensors is a stabilized network" in fails(*arguments, tmp_path / "steady.safetensors")
     assert "no.pth does not exist" in fails(*arguments, tmp_path / "no.pth")

@@ -193,7 +193,7 @@ def test_the_records_of_converted_models_say_so(stock, data, tmp_path):
 
 def test_a_stabilized_network_is_measured_as_such(stock, data, tmp_path, capsys):
     model = load_model(NAME, stock, num_classes=2)
-    stabilize(model, torch.randn(16, 3, 40, 40), size=32)
+    stabilize(model, torch.randn(16, 3, 40, 40), size=32, depth="all")
     path = tmp_path / "steady.safetensors"
     save_stabilized(model, path, arch="resnet99")
     models = (f"{NAME}={stock}", f"{NAME}={path}")

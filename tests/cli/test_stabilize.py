@@ -67,7 +67,21 @@ def same(first, second):
 
 def test_photos_in_a_steady_network_a_report_and_a_picture_out(stock, photos, tmp_path, capsys):
     output, report, plot = (tmp_path / name for name in ("steady.safetensors", "report.json", "plot.png"))
-    arguments = (NAME, "--checkpoint", stock, "--images", photos, "--repair", "all", "--fidelity", 0.25, "--seed", 3)
+    arguments = (
+        NAME,
+        "--checkpoint",
+        stock,
+        "--images",
+        photos,
+        "--repair",
+        "all",
+        "--depth",
+        "all",
+        "--fidelity",
+        0.25,
+        "--seed",
+        3,
+    )
     assert stabilize(*arguments, "--output", output, "--report", report, "--plot", plot) == 0
     out, err = capsys.readouterr()
     assert "1 of 2 decimating layers low-passed" in out and "flips at 1 px" in out and f"wrote {output}" in out
@@ -90,7 +104,7 @@ def test_photos_in_a_steady_network_a_report_and_a_picture_out(stock, photos, tm
     side = wanted.size + MARGIN
     images = load_images(photos, side, crop_ratio=min(1, wanted.crop_ratio * side / wanted.size)).images
     mixpool.stabilize(
-        direct, normalize(images, wanted.mean, wanted.std), size=32, repair_which="all", fidelity=0.25, seed=3
+        direct, normalize(images, wanted.mean, wanted.std), size=32, repair="all", depth="all", fidelity=0.25, seed=3
     )
     loaded = load_model(NAME, output)
     assert same(loaded, direct) and same(mixpool.load_stabilized(timm.create_model(NAME), output), direct)

@@ -53,6 +53,18 @@ def assert_round_trip(model: nn.Module, names: str, x: Tensor | None = None, **o
     return report
 
 
+def test_a_method_of_the_same_name_is_no_call_of_the_module():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu, self.pool = nn.Conv2d(3, 8, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(self.relu(self.conv(x))).mean(dim=1).sub(0.1).relu()
+
+    assert_round_trip(Named(), "conv -> relu -> pool")
+
+
 def assert_refused(model: object, *words: str, **options) -> str:
     """`convert` raises a StemError with the words in its message and leaves the model as it was."""
     is_module = isinstance(model, nn.Module)

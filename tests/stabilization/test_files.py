@@ -28,7 +28,7 @@ def stabilized_net(**arguments):
     torch.manual_seed(1)
     model = Net().eval()
     model.conv1.weight.data.copy_(gabor_bank(8, 3, 7))
-    mixpool.stabilize(model, torch.randn(16, 3, 48, 48), **arguments)
+    mixpool.stabilize(model, torch.randn(16, 3, 48, 48), depth="all", **arguments)
     for stem in converted_stems(model).values():
         stem.lay([arguments["stem"], "blurpool"] * 4)  # of noise, no channel is chosen
     return model
@@ -56,7 +56,7 @@ def test_a_round_trip_is_equal_to_the_bit(stem, tmp_path):
 @pytest.mark.parametrize("order", ["before", "behind"])
 def test_a_resnet_comes_back(order, tmp_path):
     model = timm.create_model("resnet14t", num_classes=3, channels=(8, 8, 16, 16)).eval()
-    mixpool.stabilize(model, torch.randn(8, 3, 40, 40), order=order, repair_which="statistics")
+    mixpool.stabilize(model, torch.randn(8, 3, 40, 40), order=order, repair="statistics", depth="all")
     save_stabilized(model, tmp_path / "steady.safetensors")
     other = timm.create_model("resnet14t", num_classes=3, channels=(8, 8, 16, 16))
     assert same(load_stabilized(other, str(tmp_path / "steady.safetensors")), model)
@@ -88,7 +88,7 @@ def test_the_keys_are_stock_so_that_others_load_the_weights_without_the_low_pass
 def test_timms_own_route_needs_the_low_passes_as_well(tmp_path):
     torch.manual_seed(2)
     model = timm.create_model("resnet14t", num_classes=3).eval()
-    mixpool.stabilize(model, torch.randn(8, 3, 40, 40), repair_which="statistics")
+    mixpool.stabilize(model, torch.randn(8, 3, 40, 40), repair="statistics", depth="all")
     path = tmp_path / "steady.safetensors"
     save_stabilized(model, path)
     weights_alone = timm.create_model("resnet14t", num_classes=3, checkpoint_path=path)
@@ -166,7 +166,7 @@ def test_files_that_are_refused(tmp_path):
 
 @pytest.mark.parametrize("stem", ["blurpool", "energy"])
 def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(stem, tmp_path):
-    model = stabilized_net(stem=stem, repair_which=None)
+    model = stabilized_net(stem=stem, repair=None)
     save_stabilized(model, tmp_path / "steady.safetensors")
     other = Net()
     other.fc = nn.Linear(12, 6)  # the last to load: all other tensors have been overwritten by then
@@ -195,7 +195,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_torchvisions_squeezenet(tmp_path):
     model = torchvision.models.squeezenet1_1(num_classes=3).eval()
-    mixpool.stabilize(model, torch.randn(8, 3, 40, 40), repair_which=None)
+    mixpool.stabilize(model, torch.randn(8, 3, 40, 40), repair=None)
     save_stabilized(model, tmp_path / "steady.safetensors")
     other = torchvision.models.squeezenet1_1(num_classes=3)
     assert same(load_stabilized(other, tmp_path / "steady.safetensors"), model) and len(treated_layers(other)) == 3

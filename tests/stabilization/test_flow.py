@@ -87,6 +87,20 @@ def test_functions_that_pool_are_named():
     assert trace(Functional(), X).functional_pools == ["conv"]
 
 
+def test_a_module_may_count_as_a_layer():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Sequential(nn.Dropout(), nn.AvgPool2d(2)), nn.ReLU(), nn.Conv2d(4, 4, 1)
+    )
+    flow = trace(model.eval(), X, whole={"1", "2"})
+    assert {call.name: call.sources for call in flow.calls} == {
+        "0": {INPUT: True},
+        "1": {"0": True},
+        "2": {"1": True},
+        "3": {"2": True},
+    }
+    assert [call.name for call in trace(model, X).calls] == ["0", "1.1", "3"]
+
+
 def test_nothing_is_left_on_the_model():
     model = Residual().eval()
     trace(model, X)

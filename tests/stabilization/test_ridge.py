@@ -8,8 +8,8 @@ from support import assert_close
 from torch import nn
 
 from mixpool.stabilization import ridge as ridge_module
-from mixpool.stabilization.lowpass import LowPassConv2d
-from mixpool.stabilization.ridge import Ridge, rows_of, targets_of
+from mixpool.stabilization.lowpass import DenseConv2d, LowPassConv2d
+from mixpool.stabilization.ridge import MAX_UNKNOWNS, Ridge, num_positions, rows_of, targets_of
 
 LAYERS = {
     "plain": lambda: nn.Conv2d(4, 6, 3, padding=1),
@@ -42,6 +42,18 @@ def test_rows_of_a_treated_layer_are_low_passed():
         rows = rows_of(layer, x, positions)
         found = rows @ layer.weight.flatten(1).T + layer.bias
         assert_close("outputs", found, targets_of(layer, out, positions))
+
+
+@pytest.mark.parametrize("size", [(9, 10), (8, 7)])
+def test_rows_of_a_dense_layer_are_those_of_the_stock_one(size):
+    layer, x = nn.Conv2d(4, 6, 3, 2, 1), torch.randn(2, 4, *size)
+    wanted = layer(x)
+    layer.__class__ = DenseConv2d
+    total = num_positions(layer, layer(x).shape)
+    assert total == wanted.shape[-2] * wanted.shape[-1]
+    positions = torch.randperm(total)
+    found = rows_of(layer, x, positions) @ layer.weight.flatten(1).T + layer.bias
+    assert_close("outputs", found, targets_of(layer, wanted, positions))
 
 
 def test_rows_of_a_linear_layer():
@@ -106,6 +118,17 @@ def test_dead_inputs_keep_their_weights():
     weight, _ = problem.solve()
     assert torch.isfinite(weight).all()
     assert_close("weight", weight[:, 1], layer.weight[:, 1])
+
+
+def test_sums_alone_are_kept():
+    """Whatever comes, memory holds a Gram matrix; of few rows for many unknowns, the rows."""
+    for layer, is_kept in ((nn.Linear(20, 3), False), (nn.Linear(MAX_UNKNOWNS + 1, 3), True)):
+        problem = Ridge(layer, with_bias=True, ridge=0.1, num_rows=1000)
+        for _ in range(3):
+            problem.add(torch.randn(1, 5, layer.in_features), torch.randn(1, 5, 3))
+        held = sum(t.numel() for t in [problem.gram, problem.cross, *problem.rows, *problem.targets] if t is not None)
+        unknowns = layer.in_features + 1
+        assert held == (15 * (unknowns + 3) if is_kept else unknowns * (unknowns + 3))
 
 
 def test_nothing_to_solve():

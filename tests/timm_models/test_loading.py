@@ -95,7 +95,7 @@ def steady():
     """A stabilized network."""
     torch.manual_seed(3)
     model = model_of()
-    stabilize(model, torch.randn(8, 3, 40, 40), repair_which="statistics")
+    stabilize(model, torch.randn(8, 3, 40, 40), repair="statistics", depth="all")
     return model
 
 
@@ -117,7 +117,7 @@ def test_a_stabilized_network_is_built_as_it_was_trained(tmp_path):
     arguments = {"num_classes": 2, "global_pool": "max"}
     for arch in (NAME, f"mixpool_{NAME}"):
         model = timm.create_model(arch, **arguments).eval()
-        stabilize(model, torch.randn(8, 3, 40, 40), stem="max", repair_which="statistics")
+        stabilize(model, torch.randn(8, 3, 40, 40), stem="max", repair="statistics", depth="all")
         path = tmp_path / f"{arch}.safetensors"
         save_stabilized(model, path, arch=arch, settings={"num_classes": 2, "gp": "max", "lr": 0.1})
         assert same_outputs(load_model(NAME, path), model)

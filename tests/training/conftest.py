@@ -30,6 +30,6 @@ def steady_file(tmp_path, tiny_models):
     """A stabilized network, as `mixpool stabilize` writes it."""
     torch.manual_seed(5)
     model = timm.create_model("tiny_stock").eval()
-    mixpool.stabilize(model, torch.randn(16, 3, 40, 40), size=32)
+    mixpool.stabilize(model, torch.randn(16, 3, 40, 40), size=32, depth="all")
     mixpool.save_stabilized(model, tmp_path / "steady.safetensors", arch="tiny_stock")
     return tmp_path / "steady.safetensors"

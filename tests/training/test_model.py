@@ -97,7 +97,7 @@ def test_a_stabilized_network_to_start_from(photos, tmp_path, steady_file):
 
 def test_a_stabilized_network_of_torchvision(photos, tmp_path):
     model = torchvision.models.squeezenet1_1(num_classes=4).eval()
-    stabilize(model, torch.randn(8, 3, 40, 40), repair_which=None)
+    stabilize(model, torch.randn(8, 3, 40, 40), repair=None)
     save_stabilized(model, tmp_path / "steady.safetensors")
     common = {"model": "torchvision/squeezenet1_1", "num_classes": 4, "img_size": 32}
     built = build_model(options(photos, tmp_path, initial_checkpoint=tmp_path / "steady.safetensors", **common))

@@ -1,0 +1,1 @@
+"""How steady does a trained network get without training?"""
