@@ -132,7 +132,7 @@ def test_the_report_of_a_stabilization():
     assert own.num_images == (28, 6, 6) and own.seconds > 0 and own.plan == TREATED
     assert own.settings == {
         **{"stem": "blurpool", "later": "blurpool", "order": "before", "depth": "auto", "repair": "next"},
-            "fidelity": 0.5,
+        "fidelity": 0.5,
         **{"seed": 3, "size": 32},
     }
     assert [(d.name, d.treatment) for d in own.decimators] == [("conv", None), *TREATED.items()]
