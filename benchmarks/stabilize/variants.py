@@ -1,4 +1,4 @@
-"""What is compared: a name and what `stabilize` is told; None is stock, and "convert" the stem alone as `convert` has it."""
+"""What is compared: a name, and what `stabilize` is told; None is stock, "convert" the stem as `convert` has it."""
 
 from __future__ import annotations
 

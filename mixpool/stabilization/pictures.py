@@ -113,17 +113,6 @@ def crops(squares: Squares, rounds: int, seed: int, batch: int = BATCH) -> Itera
             yield crop(images, y, x, squares.size)
 
 
-def moved_crops(squares: Squares, rounds: int, seed: int, step: int, batch: int = BATCH) -> Iterator[Tensor]:
-    """The crops at random offsets, `step` (0, 1 or 2) pixels further to the side, down or along the diagonal."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(rounds):
-        for images in squares.images.split(batch):
-            spare = [length - squares.size - 2 for length in images.shape[-2:]]
-            y, x = (int(torch.randint(most + 1, (), generator=generator)) for most in spare)
-            dy, dx = ((0, 1), (1, 0), (1, 1))[int(torch.randint(3, (), generator=generator))]
-            yield crop(images, y + step * dy, x + step * dx, squares.size)
-
-
 def crop(images: Tensor, y: int, x: int, size: int) -> Tensor:
     return images[..., y : y + size, x : x + size].contiguous(memory_format=torch.channels_last)
 

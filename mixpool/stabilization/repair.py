@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mixpool.stabilization.agreement import disagreement, outputs_on
 from mixpool.stabilization.flow import LINEAR, Call, Flow, is_norm, trace
 from mixpool.stabilization.lowpass import DenseConv2d, LowPassConv2d
-from mixpool.stabilization.pictures import Squares, crops, moved_crops
+from mixpool.stabilization.pictures import Squares, crops
 from mixpool.stabilization.ridge import Ridge, is_plain, num_positions, rows_of, targets_of
 from mixpool.stabilization.statistics import correct_statistics, norms_behind, statistics_of
 
@@ -60,7 +60,6 @@ def repair(
     which: str = "next",
     places: Iterable[str] | None = None,
     ridge: float = 0.1,
-    smoothness: float = 0.0,
     held_out: Squares | Tensor | None = None,
     seed: int = 0,
     track: Track = lambda steps, total: steps,
@@ -77,8 +76,6 @@ def repair(
             only the norm layers' running statistics.
         places: names of the changed modules to start from; default all whose types differ.
         ridge: how strongly the weights are held to what they are, as a share of their inputs' energy.
-        smoothness: weight of a penalty on outputs that move unevenly while the picture moves by two pixels: on the
-            difference between the middle one and the mean of the other two.
         held_out: other images, which decide; default an eighth of `images`.
         seed: of the crops and positions.
         track: wraps the loop over layers, (iterable, total), for a progress bar.
@@ -92,8 +89,6 @@ def repair(
         raise ValueError(f"expected which of {WHICH}, got {which!r}")
     if not ridge > 0:
         raise ValueError(f"expected a positive ridge, got {ridge}")
-    if not smoothness >= 0:
-        raise ValueError(f"expected a smoothness of at least 0, got {smoothness}")
     found = changed_places(changed, stock)
     places = found if places is None else set(places)
     if not places <= found:
@@ -110,7 +105,7 @@ def repair(
     try:
         changed.eval(), stock.eval()
         with torch.no_grad():
-            job = _Repair(changed, stock, fit, held_out, ridge, smoothness, seed)
+            job = _Repair(changed, stock, fit, held_out, ridge, seed)
             return job.run(places, which, track)
     finally:
         for module, mode in modes:
@@ -135,11 +130,10 @@ class _Repair:
         fit: Squares,
         held: Squares,
         ridge: float,
-        smoothness: float,
         seed: int,
     ) -> None:
         self.changed, self.stock, self.fit = changed, stock, fit
-        self.ridge, self.smoothness, self.seed = ridge, smoothness, seed
+        self.ridge, self.seed = ridge, seed
         parameter = next(changed.parameters())
         self.place = {"device": parameter.device, "dtype": parameter.dtype}
         rounds = 1 if len(held.images) >= ENOUGH_HELD else 2
@@ -263,10 +257,6 @@ class _Repair:
                     problems[call.name] = Ridge(call.module, with_bias=with_bias, ridge=self.ridge, num_rows=num_rows)
                 for number, name, rows in self._seen(self.changed, group, of_input=True):
                     problems[name].add(rows, targets[name][number])
-                if self.smoothness > 0:
-                    steps = [self._seen(self.changed, group, of_input=True, step=step) for step in (0, 1, 2)]
-                    for (_, name, first), (_, _, middle), (_, _, last) in zip(*steps, strict=True):
-                        problems[name].add_penalty(self.smoothness**0.5 * (middle - (first + last) / 2))
                 yield group, list(problems.values())
 
     def _chunks(self, layers: Sequence[Call]) -> list[list[Call]]:
@@ -303,13 +293,8 @@ class _Repair:
         wanted = -(-max(ROWS, ROWS_PER_UNKNOWN * unknowns) // (len(self.fit.images) * self._rounds))
         return min(num_positions(call.module, call.out_shape), max(1, wanted))
 
-    def _seen(
-        self, model: nn.Module, calls: Sequence[Call], *, of_input: bool, step: int | None = None
-    ) -> Iterator[tuple[int, str, Tensor]]:
-        """(batch, layer, rows): unfolded inputs or outputs, at the same random positions of the same crops.
-
-        step: 0, 1 or 2: crops so many pixels further, along a direction that is drawn for each batch.
-        """
+    def _seen(self, model: nn.Module, calls: Sequence[Call], *, of_input: bool) -> Iterator[tuple[int, str, Tensor]]:
+        """(batch, layer, rows): unfolded inputs or outputs, at the same random positions of the same crops."""
         generator = torch.Generator().manual_seed(self.seed)
         rows: dict[str, Tensor] = {}
         positions: dict[str, Tensor] = {}
@@ -323,12 +308,7 @@ class _Repair:
 
             return hook
 
-        batches = (
-            crops(self.fit, self._rounds, self.seed)
-            if step is None
-            else moved_crops(self.fit, self._rounds, self.seed, step)
-        )
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(crops(self.fit, self._rounds, self.seed)):
             start = int(torch.randint(2**31, (), generator=generator))
             for call in calls:
                 total = num_positions(call.module, call.out_shape)

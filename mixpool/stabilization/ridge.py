@@ -63,16 +63,6 @@ class Ridge:
         self.gram = gram if self.gram is None else self.gram.add_(gram)
         self.cross = cross if self.cross is None else self.cross.add_(cross)
 
-    def add_penalty(self, rows: Tensor) -> None:
-        """Rows (g, n, d) that the new weights should map to 0."""
-        if self.with_bias:
-            rows = F.pad(rows, (0, 1))
-        if self.is_dual:
-            self.rows.append(rows.cpu())
-            self.targets.append(rows.new_zeros(*rows.shape[:2], self.weight.shape[1]).cpu())
-        else:
-            self.gram.add_((rows.mT @ rows).double().cpu())
-
     def solve(self) -> tuple[Tensor, Tensor | None]:
         """(weight, offset) in float64: the layer's shape, and (C_out,) or None. RuntimeError if nothing was added."""
         if self.count == 0:

@@ -31,7 +31,6 @@ LATER = ("blurpool", None)
 DEPTHS = ("auto", "all")
 MOST_STEM_CONVS = 3
 PRICE = 0.24  # of the choice of the depth, times the fidelity
-SMOOTHNESS = 6.0  # of the repair, times 1 - fidelity
 ATTRIBUTE = "_mixpool_stabilized"  # of the model: what `revert` needs
 
 
@@ -89,8 +88,8 @@ def stabilize(
         repair: "next": refit the layers that read a changed map; "all": all layers from there on; "statistics":
             norm layers alone; None: nothing, and all is treated.
         depth: "auto" treats the network from the image on as deep as held-out images say it is worth, "all" everywhere.
-        fidelity: 0 to 1, from the steadiest to the closest to stock: how deep it is worth to treat, how strongly a
-            refitted layer is held to be smooth, and how weakly to its weights (a ridge of 10 ** (-2 fidelity)).
+        fidelity: 0 to 1, from the steadiest to the closest to stock: how deep it is worth to treat, and how weakly a
+            refitted layer is held to its weights (a ridge of 10 ** (-2 fidelity)).
         size: side of the model's input, pixels; default what its configuration says.
         labels: (N,) classes of `images` (a tensor), for top-1 in the report.
         seed: of the random splits, crops and positions.
@@ -128,7 +127,7 @@ def stabilize(
         flow = _traced(changed, probe) if conversion is not None else flow
         decimators = find_decimators(flow)
         wanted = plan_of(flow, _wanted(decimators, flow, stem, later), order)
-        how = {"ridge": 10.0 ** (-2 * fidelity), "smoothness": SMOOTHNESS * (1 - fidelity), "seed": seed}
+        how = {"ridge": 10.0 ** (-2 * fidelity), "seed": seed}
         repaired = []
         if conversion is not None and repair is not None:
             repaired += repairing.repair(changed, model, parts.fit, which=repair, held_out=parts.choose, **how)
