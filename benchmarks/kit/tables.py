@@ -19,7 +19,11 @@ from pathlib import Path
 from benchmarks.kit.store import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "theory.md", *sorted(BENCHMARKS.glob("**/README.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("stabilize", "theory")),
+    *sorted(BENCHMARKS.glob("**/README.md")),
+)
 QUESTIONS = tuple(sorted(file.parent.name for file in BENCHMARKS.glob("*/tables.py") if file.parent.name != "kit"))
 BLOCK = re.compile(r"<!-- table:(\w+) -->.*?<!-- /table -->", flags=re.DOTALL)
 

@@ -71,9 +71,9 @@ def main() -> None:
         if not wanted:
             continue
         bed = build()
-        stock = measure(bed, None)[0]
+        stock = measure(bed, None)
         for variant in wanted:
-            found, fields = measure(bed, variants[variant])
+            found, fields = stock if variants[variant] is None else measure(bed, variants[variant])
             record = records.stamp(
                 "stabilize",
                 bed=name,
@@ -81,7 +81,7 @@ def main() -> None:
                 definition=variants[variant],
                 num_images=bed.num_images,
                 means=found.means(),
-                to_stock=found.ratios(stock),
+                to_stock=found.ratios(stock[0]),
                 **fields,
             )
             records.append(RECORD, record)

@@ -11,6 +11,7 @@ __all__ = [
     "stabilize_resnet18",
     "stabilize_small_vgg",
     "stabilize_open_nsfw",
+    "stabilize_cost",
     "stabilize",
 ]
 
@@ -62,6 +63,40 @@ def stabilize() -> str:
         return NOT_RUN
     header = ["stabilized, beside stock", "top-1, points", "flips at 1 px, times", "KL, times", "took", "images"]
     return f"{table(header, rows)}\n\n{origins(used, 'python -m benchmarks.stabilize')}"
+
+
+def stabilize_cost() -> str:
+    """Time, FLOPs and activations of whole networks, times stock."""
+    if not (RECORDS / "stabilize_cost.jsonl").exists():
+        return NOT_RUN
+    found = read("stabilize_cost")
+    rows = []
+    for network, variant in dict.fromkeys((r["network"], r["variant"]) for r in found):
+        own = [r for r in found if (r["network"], r["variant"]) == (network, variant)]
+        stock = next(r for r in found if (r["network"], r["variant"]) == (network, "stock"))
+        counts = [f"{own[0][key] / stock[key]:.3f}" for key in ("parameters", "flops", "saved_bytes")]
+        times = []
+        for layout, mode in (
+            ("NCHW", "eager"),
+            ("NCHW", "compiled"),
+            ("channels_last", "eager"),
+            ("channels_last", "compiled"),
+        ):
+            ratio = next(r["ratio_to_stock"] for r in own if (r["layout"], r["mode"]) == (layout, mode))
+            times.append("{p50:.2f} ({p20:.2f} to {p80:.2f})".format(**ratio))
+        rows.append([network, variant, *counts, *times])
+    header = [
+        "network",
+        "variant",
+        "parameters",
+        "FLOPs",
+        "saved",
+        "NCHW, eager",
+        "compiled",
+        "channels_last, eager",
+        "compiled",
+    ]
+    return f"{table(header, rows)}\n\n{origins(found, 'python -m benchmarks.stabilize.cost')}"
 
 
 def _records() -> list[dict]:
