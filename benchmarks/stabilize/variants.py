@@ -21,6 +21,7 @@ COMMON: dict[str, Variant] = {
     "fidelity 0.25": {"fidelity": 0.25},
     "fidelity 0.75": {"fidelity": 0.75},
     "fidelity 1": {"fidelity": 1.0},
+    "stem dense": {"stem": "dense"},
     "stem modulus": {"stem": "modulus"},
     "stem energy": {"stem": "energy"},
     "stem stock": {"stem": "max"},

@@ -23,6 +23,7 @@ from mixpool.stabilization.pictures import BATCH, Split, Squares, crop
 from mixpool.stabilization.repair import Repaired, Track, repair
 from mixpool.stabilization.treat import treat, untreat
 
+READ_DENSE = ("decimating", "maxima of a dense map, then low-pass")
 STEPS = ((0, 1), (1, 0), (1, 1))  # pixels
 
 
@@ -55,7 +56,7 @@ def levels_of(plan: dict[str, str], flow: Flow) -> list[dict[str, str]]:
     levels: dict[Any, dict[str, str]] = {}
     for name, treatment in plan.items():
         call = flow[name]
-        source = next(iter(call.sources)) if treatment == "decimating" else None
+        source = next(iter(call.sources)) if treatment in READ_DENSE else None
         key = next((k for k, level in levels.items() if source in level), call.in_shape[-2:])
         levels.setdefault(key, {})[name] = treatment
     return list(levels.values())

@@ -4,6 +4,7 @@
     DenseConv2d       the stock convolution at every position; those that read it are DecimatingConv2d:
     DecimatingConv2d  binomial low-pass at the stride that was left out, then the stock convolution
     LowPassMaxPool2d  maxima at every position, then the binomial low-pass at the stock stride (BlurPool's order)
+    FieldMaxPool2d    the same behind a DenseConv2d: maxima over all positions of the stock window's field
 
 A layer is treated by giving the module another class, as torch's parametrisations do: parameters, buffers, hooks, keys
 and everybody's references stay. Nothing is added to the state.
@@ -99,6 +100,30 @@ class LowPassMaxPool2d(nn.MaxPool2d):
 def _one_node(layer: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
     """In any symbolic trace, as torch's own layers are."""
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
+
+
+class FieldMaxPool2d(LowPassMaxPool2d):
+    """Max pooling of stride 2 behind a convolution of stride 2 that is computed at every position.
+
+    A stock window of k positions, 2 pixels apart, becomes one of 2k - 1 that are 1 pixel apart: the same field, with
+    what lies between. The windows stand where LowPassMaxPool2d's stand, and the low-pass is the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, stride, padding = pair(self.kernel_size), pair(self.stride), pair(self.padding)
+        geometry = PoolGeometry(size, stride, padding, self.ceil_mode)
+        lengths = tuple((length + 1) // 2 for length in x.shape[-2:])  # of the stock map
+        pads = []
+        for length, own, out, k, step, pad in zip(
+            x.shape[-2:], lengths, geometry.output_size(*lengths), size, stride, padding, strict=True
+        ):
+            count = own + 2 * pad - k + 1  # of the stock windows at every position
+            if self.ceil_mode:
+                count = max(count, step * (out - 1) + 1)
+            pads.append((2 * pad, 2 * (count - 1) + 2 * k - 1 - 2 * pad - length))
+        (top, bottom), (left, right) = pads
+        x = F.pad(x, (left, right, top, bottom), value=float("-inf"))
+        return binomial(F.max_pool2d(x, (2 * size[0] - 1, 2 * size[1] - 1), 2), stride, stride)
 
 
 def _with_hanging_windows(x: Tensor, pool: PoolGeometry) -> Tensor:

@@ -23,10 +23,19 @@ from mixpool.stabilization.flow import Flow, tensors_of, trace
 from mixpool.stabilization.pictures import Split, Squares, crop, split, squares_for
 from mixpool.stabilization.repair import WHICH, Track
 from mixpool.stabilization.report import StabilizationReport
-from mixpool.stabilization.treat import ORDERS, Decimator, find_decimators, plan_of, treat, treated_layers, untreat
+from mixpool.stabilization.treat import (
+    ORDERS,
+    Decimator,
+    find_decimators,
+    plan_of,
+    treat,
+    treated_layers,
+    untreat,
+    with_dense_stem,
+)
 from mixpool.stem.module import MixPoolStem
 
-STEMS = ("max", "blurpool", "modulus", "energy")
+STEMS = ("max", "blurpool", "dense", "modulus", "energy")
 LATER = ("blurpool", None)
 DEPTHS = ("auto", "all")
 MOST_STEM_CONVS = 3
@@ -81,8 +90,9 @@ def stabilize(
         model: a trained network in float32 or float64: timm, torchvision or own, on any device.
         images: a folder of photos; normalised images (N, C, H, W), or an iterable of such or of batches (a data
             loader's (images, labels) too); None for synthetic pictures. 250 do well.
-        stem: pooling of the stem, if it has a max pool: "max" leaves it, "blurpool", or by `convert` "modulus" or
-            "energy" (the others of its channels on "blurpool").
+        stem: pooling of the stem, "max" leaves it; "blurpool"; "dense" does so over a convolution
+            that is computed at every position, at four times its work, so that hardly anything aliases there; or by
+            `convert` "modulus" or "energy" (the others of its channels on "blurpool").
         later: "blurpool" low-passes the layers behind the stem; None leaves them.
         order: "before" low-passes what a strided convolution reads; "behind" its activation, as BlurPool does.
         repair: "next": refit the layers that read a changed map; "all": all layers from there on; "statistics":
@@ -127,6 +137,11 @@ def stabilize(
         flow = _traced(changed, probe) if conversion is not None else flow
         decimators = find_decimators(flow)
         wanted = plan_of(flow, _wanted(decimators, flow, stem, later), order)
+        if stem == "dense":
+            try:
+                wanted = with_dense_stem(wanted, flow, _stem_pool(flow))
+            except ValueError as error:
+                notes.append(f"the stem is as with blurpool: {error}")
         how = {"ridge": 10.0 ** (-2 * fidelity), "seed": seed}
         repaired = []
         if conversion is not None and repair is not None:
@@ -303,7 +318,7 @@ def _as_done(decimators: list[Decimator], plan: dict[str, str], levels: list[Lev
     done = []
     for own in decimators:
         treatment = plan.get(own.name)
-        why = own.why if own.treatment is None else ("" if treatment else left.get(own.name, "as asked"))
+        why = "" if treatment else own.why if own.treatment is None else left.get(own.name, "as asked")
         done.append(replace(own, treatment=treatment, why=why))
     return tuple(done)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from mixpool.filters.spectrum import pair
 from mixpool.stabilization.flow import INPUT, Call, Flow
-from mixpool.stabilization.lowpass import DecimatingConv2d, DenseConv2d, LowPassConv2d, LowPassMaxPool2d
+from mixpool.stabilization.lowpass import DecimatingConv2d, DenseConv2d, FieldMaxPool2d, LowPassConv2d, LowPassMaxPool2d
 from mixpool.stem.module import MixPoolStem
 
 ORDERS = ("before", "behind")
@@ -19,6 +19,7 @@ TREATMENTS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "dense": (DenseConv2d, nn.Conv2d),
     "decimating": (DecimatingConv2d, nn.Conv2d),
     "maxima, then low-pass": (LowPassMaxPool2d, nn.MaxPool2d),
+    "maxima of a dense map, then low-pass": (FieldMaxPool2d, nn.MaxPool2d),
 }
 
 
@@ -78,6 +79,23 @@ def plan_of(flow: Flow, decimators: list[Decimator], order: str = "before") -> d
             plan[decimator.name] = "dense"
             plan |= {call.name: "decimating" for call in readers if isinstance(call.module, nn.Conv2d)}
     return plan
+
+
+def with_dense_stem(plan: Mapping[str, str], flow: Flow, pool: str | None) -> dict[str, str]:
+    """The plan with the stem's convolution computed at every position, if the stem's pool reads it and nothing else.
+
+    Raises:
+        ValueError: it does not; the message says why.
+    """
+    sources = {} if pool is None or plan.get(pool) != "maxima, then low-pass" else flow[pool].sources
+    conv = next(iter(sources), None)
+    call = None if conv in (None, INPUT) else flow[conv]
+    readers = [] if call is None else [own.name for own in flow.readers(conv) if not _is_norm_of(own, conv)]
+    if call is None or sources != {conv: True} or readers != [pool] or flow.count(conv) != 1:
+        raise ValueError("no max pool that reads one convolution, through norm and activation alone")
+    if type(call.module) is not nn.Conv2d or call.module.stride != (2, 2) or isinstance(call.module.padding, str):
+        raise ValueError(f"expected a convolution of stride 2 in front of {pool}, found {call.module}")
+    return {conv: "dense", **plan, pool: "maxima of a dense map, then low-pass"}
 
 
 def treat(model: nn.Module, plan: Mapping[str, str]) -> None:

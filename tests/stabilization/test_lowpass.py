@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mixpool.stabilization.lowpass import (
     DecimatingConv2d,
     DenseConv2d,
+    FieldMaxPool2d,
     LowPassConv2d,
     LowPassMaxPool2d,
     binomial,
@@ -116,6 +117,26 @@ def test_max_pooling_is_dense_first(size, padding, ceil_mode, side, needs_grad):
     treated = as_class(pool, LowPassMaxPool2d)
     assert treated(x).shape == shape
     assert_close("pooled", treated(x), by_sums(dense, (2, 2), (2, 2)))
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize(("size", "padding"), [(3, 1), (3, 0), (2, 0)])
+@pytest.mark.parametrize("side", [(22, 27), (21, 24), (13, 13)])
+def test_maxima_of_a_dense_map(size, padding, ceil_mode, side):
+    """Windows of 2k - 1 neighbours that start at every second position, then the low-pass."""
+    conv, pool = nn.Conv2d(3, 4, 5, 2, 2), nn.MaxPool2d(size, 2, padding, ceil_mode=ceil_mode)
+    x = torch.randn(2, 3, *side)
+    shape = pool(conv(x)).shape
+    dense = F.conv2d(x, conv.weight, conv.bias, 1, 2)
+    as_class(conv, DenseConv2d), as_class(pool, FieldMaxPool2d)
+    out = pool(conv(x))
+    assert out.shape == shape
+    padded = F.pad(dense, (2 * padding, 40, 2 * padding, 40), value=float("-inf"))
+    windows = F.max_pool2d(padded, 2 * size - 1, 2)
+    lengths = [(n + 1) // 2 + 2 * padding - size + 1 for n in dense.shape[2:]]
+    if ceil_mode:
+        lengths = [max(n, 2 * (m - 1) + 1) for n, m in zip(lengths, shape[2:], strict=True)]
+    assert_close("pooled", out, by_sums(windows[:, :, : lengths[0], : lengths[1]], (2, 2), (2, 2)))
 
 
 def test_a_treated_pool_exports_as_it_computes():

@@ -9,7 +9,14 @@ from torch import nn
 
 from mixpool.stabilization.flow import trace
 from mixpool.stabilization.lowpass import LowPassConv2d, LowPassMaxPool2d
-from mixpool.stabilization.treat import find_decimators, plan_of, treat, treated_layers, untreat
+from mixpool.stabilization.treat import (
+    find_decimators,
+    plan_of,
+    treat,
+    treated_layers,
+    untreat,
+    with_dense_stem,
+)
 
 X = torch.randn(1, 3, 64, 64)
 
@@ -94,3 +101,35 @@ def test_a_plan_that_does_not_fit_changes_nothing():
         treat(model, {"nothing": "low-pass before"})
     with pytest.raises(ValueError, match="expected a treatment of"):
         treat(model, {"maxpool": "blur"})
+
+
+def test_a_dense_stem():
+    model = torchvision.models.resnet18().eval()
+    flow = trace(model, X)
+    plan = plan_of(flow, find_decimators(flow))
+    found = with_dense_stem(plan, flow, "maxpool")
+    assert list(found.items())[:2] == [("conv1", "dense"), ("maxpool", "maxima of a dense map, then low-pass")]
+    shapes = [model(torch.randn(1, 3, *size)).shape for size in ((64, 64), (63, 50))]
+    treat(model, found)
+    assert [model(torch.randn(1, 3, *size)).shape for size in ((64, 64), (63, 50))] == shapes
+    assert model.maxpool(model.conv1(X)).shape == (1, 64, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pool", "why"),
+    [
+        (
+            [nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.MaxPool2d(2)],
+            "2",
+            "expected a convolution of stride 2",
+        ),
+        ([nn.Conv2d(3, 4, 3, 2, 1)], None, "no max pool"),
+        ([nn.Conv2d(3, 4, 3, 2, 1), nn.AvgPool2d(1, 1), nn.MaxPool2d(2)], "2", "expected a convolution|no max pool"),
+    ],
+    ids=["deep", "no-pool", "between"],
+)
+def test_where_a_stem_cannot_be_dense(layers, pool, why):
+    model = nn.Sequential(*layers).eval()
+    flow = trace(model, X)
+    with pytest.raises(ValueError, match=why):
+        with_dense_stem(plan_of(flow, find_decimators(flow)), flow, pool)
