@@ -32,10 +32,12 @@ COMMON: dict[str, Variant] = {
 # Where norm layers and strided convolutions are.
 WITH_NORMS: dict[str, Variant] = {
     "stem alone, statistics": {"later": None, "repair": "statistics"},
-    "statistics": {"repair": "statistics"},
+    "everywhere, statistics": {"depth": "all", "repair": "statistics"},
+    "everywhere": {"depth": "all"},
+    "everywhere, all": {"depth": "all", "repair": "all"},
     "behind, no repair": BLUR | {"order": "behind"},
-    "behind, statistics": {"order": "behind", "repair": "statistics"},
-    "behind": {"order": "behind"},
-    "behind, all": {"order": "behind", "repair": "all"},
+    "everywhere, behind, statistics": {"depth": "all", "order": "behind", "repair": "statistics"},
+    "everywhere, behind": {"depth": "all", "order": "behind"},
+    "everywhere, behind, all": {"depth": "all", "order": "behind", "repair": "all"},
     "250 images": {"images": 250},
 }
