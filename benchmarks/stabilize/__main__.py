@@ -1,7 +1,8 @@
-"""`python -m benchmarks.stabilize`."""
+"""`python -m benchmarks.stabilize`: the options of `run.py`."""
 
-from benchmarks.kit.command import of_folder
+from benchmarks.kit import command
 from benchmarks.stabilize.run import main
 
-of_folder("benchmarks.stabilize")
-main()
+if __name__ == "__main__":
+    command.of_folder("benchmarks.stabilize")
+    main()

@@ -172,6 +172,10 @@ class _Repair:
         if which == "statistics":
             return found
         layers = self.layers(places, which)
+        for call in layers:
+            if (why := self.why_not(call)) is not None:
+                found.append(Repaired(call.name, "left", score, score, why))
+        layers = [call for call in layers if self.why_not(call) is None]
         groups = [group for chunk in self._chunks(layers) for group in self._groups(chunk)]
         for group, problems in track(self._solved(layers), len(groups)):
             for call, problem in zip(group, problems, strict=True):
@@ -188,14 +192,18 @@ class _Repair:
         }
         reads = {call.name for name in set(places) - own for call in self.flow.readers(name)} | own
         wanted = reads if which == "next" else {call.name for call in self.flow.behind(places)} | own
-        return [
-            call
-            for call in self.flow.calls
-            if call.name in wanted
-            and is_plain(call.module)
-            and self.flow.count(call.name) == 1
-            and isinstance(_submodule(self.stock, call.name), LINEAR)
-        ]
+        found: dict[str, Call] = {}
+        for call in self.flow.calls:
+            if call.name in wanted and isinstance(call.module, LINEAR):
+                found.setdefault(call.name, call)
+        return list(found.values())
+
+    def why_not(self, call: Call) -> str | None:
+        """Why a layer cannot be refitted; None if it can."""
+        if not is_plain(call.module) or not isinstance(_submodule(self.stock, call.name), LINEAR):
+            return f"a {type(call.module).__name__} has arithmetic of its own"
+        count = self.flow.count(call.name)
+        return f"it is called {count} times in a pass" if count > 1 else None
 
     def refit(self, call: Call, problem: Ridge, score: float) -> tuple[Repaired, float]:
         """Give a layer its solution; take it back if held-out images speak against it."""

@@ -169,7 +169,7 @@ def stabilize(
     return StabilizationReport(
         decimators=_as_done(decimators, plan, levels),
         plan=plan,
-        stem=stem,
+        stem=_stem_done(stem, conversion is not None, plan),
         repaired=tuple(repaired),
         before=before,
         after=after,
@@ -310,6 +310,15 @@ def _stem_pool(flow: Flow) -> str | None:
         if num_convs > MOST_STEM_CONVS:
             return None
     return None
+
+
+def _stem_done(stem: str, is_converted: bool, plan: dict[str, str]) -> str:
+    """The stem's pooling as it is in the end."""
+    if is_converted or not plan:
+        return stem if is_converted else "max"
+    if stem == "dense" and "dense" not in plan.values():
+        return "blurpool"
+    return "blurpool" if stem in ("modulus", "energy") else stem
 
 
 def _as_done(decimators: list[Decimator], plan: dict[str, str], levels: list[Level]) -> tuple[Decimator, ...]:

@@ -25,7 +25,7 @@ COMMANDS = [
     "",
     *(f".{question}" for question in tables.QUESTIONS),
     *(f".selecting.{part}" for part in selecting.PARTS),
-    *(".pretrained.squeezenet", ".pretrained.evaluation", ".cifar10.straight"),
+    *(".pretrained.squeezenet", ".pretrained.evaluation", ".cifar10.straight", ".stabilize.cost"),
     *(".kit.tables", ".kit.figures", ".kit.import_graph"),
 ]
 

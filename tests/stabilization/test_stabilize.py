@@ -454,7 +454,8 @@ def test_pruned_layers_are_treated_and_not_refitted(x):
     prune.l1_unstructured(model.down, "weight", 3)
     stock = out(model, x)
     report = stabilize(model, images())
-    assert report.plan == TREATED and {own.name for own in report.repaired} == {"", "side"}
+    assert report.plan == TREATED
+    assert {own.name for own in report.repaired if own.what != "left"} == {"", "side"}
     assert_same_bits("reverted", out(revert(model), x), stock)
 
 
