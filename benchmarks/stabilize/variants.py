@@ -22,6 +22,8 @@ COMMON: dict[str, Variant] = {
     "fidelity 0.75": {"fidelity": 0.75},
     "fidelity 1": {"fidelity": 1.0},
     "stem dense": {"stem": "dense"},
+    "stem dense, all": {"stem": "dense", "repair": "all"},
+    "stem dense, fidelity 1": {"stem": "dense", "fidelity": 1.0},
     "stem modulus": {"stem": "modulus"},
     "stem energy": {"stem": "energy"},
     "stem stock": {"stem": "max"},
