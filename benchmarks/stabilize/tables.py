@@ -82,8 +82,8 @@ def stabilize_cost() -> str:
             ("channels_last", "eager"),
             ("channels_last", "compiled"),
         ):
-            ratio = next(r["ratio_to_stock"] for r in own if (r["layout"], r["mode"]) == (layout, mode))
-            times.append("{p50:.2f} ({p20:.2f} to {p80:.2f})".format(**ratio))
+            ratios = [r["ratio_to_stock"] for r in own if (r["layout"], r["mode"]) == (layout, mode)]
+            times.append("{p50:.2f} ({p20:.2f} to {p80:.2f})".format(**ratios[0]) if ratios else "-")
         rows.append([network, variant, *counts, *times])
     header = [
         "network",

@@ -193,9 +193,8 @@ def test_treated_or_left_with_a_reason(name: str):
 
 
 # Those whose repair goes its own way: concatenations, groups, a linear layer of many inputs, several outputs, FrozenBN.
-WHOLE = """torchvision/resnet18 torchvision/squeezenet1_1 torchvision/densenet121 torchvision/shufflenet_v2_x0_5
-    torchvision/alexnet torchvision/mobilenet_v2 torchvision/googlenet detection/fasterrcnn_resnet50_fpn
-    segmentation/deeplabv3_resnet50 timm/dpn68 timm/legacy_seresnet50 timm/regnetx_002 timm/nf_resnet50 timm/vgg11"""
+WHOLE = """torchvision/resnet18 torchvision/squeezenet1_1 torchvision/shufflenet_v2_x0_5 torchvision/alexnet
+    torchvision/mobilenet_v2 torchvision/googlenet detection/fasterrcnn_resnet50_fpn timm/dpn68 timm/nf_resnet50"""
 
 
 @pytest.mark.slow
@@ -207,9 +206,10 @@ def test_stabilize_and_revert(name: str):
     x = torch.randn(1, 3, side, side)
     with torch.no_grad():
         stock = tensors_of(model(x))
-    report = stabilize(model, torch.randn(2, 3, side, side), size=side)
+    report = stabilize(model, torch.randn(2, 3, side, side), size=side, depth="all")
     assert len(report.plan) == TREATED[name] and treated_layers(model) == report.plan
-    assert report.repaired or "nf_" in name, "whose convolutions have arithmetic of their own, and no norms"
+    refitted = any(own.what != "left" for own in report.repaired)
+    assert refitted or "nf_" in name, "whose convolutions have arithmetic of their own, and no norms"
     assert all(own.after <= own.before + 1e-5 for own in report.repaired if own.what != "left"), str(report)
     assert list(model.state_dict()) == list(state)
     with torch.no_grad():
