@@ -2,10 +2,10 @@
 
     python -m benchmarks.stabilize.cost        about 6 minutes on two quiet cores; writes records/stabilize_cost.jsonl
 
-ResNet-50 and SqueezeNet 1.0 of torchvision, random weights, batch 8 of 224 x 224, evaluation; eager and (two of
-them) compiled, NCHW and channels_last, interleaved. "timm aa_layer" is timm's ResNet-50 with BlurPool in the stem and behind the strided
-convolutions, which it then computes at every position; timm has no SqueezeNet. Saved are the bytes that a backward pass
-would keep.
+ResNet-50 and SqueezeNet 1.0 of torchvision, random weights, batch 8 of 224 x 224, evaluation; eager and (two of them)
+compiled, NCHW and channels_last, interleaved. "timm aa_layer" is timm's ResNet-50 with BlurPool in the stem and behind
+the strided convolutions, which it then computes at every position; timm has no SqueezeNet. Saved are the bytes that a
+backward pass would keep.
 """
 
 from __future__ import annotations
