@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from mixpool.selection.stats import FilterStats
 
 
-def add_shared_options(parser: argparse.ArgumentParser) -> None:
-    """The model, its weights, how it is converted, and images to measure on."""
+def add_model_options(parser: argparse.ArgumentParser, checkpoint: str) -> None:
+    """The model and its weights; `checkpoint` is the help of that option."""
     parser.add_argument("model", metavar="MODEL", help="a timm name, torchvision/NAME, or a name only torchvision has")
     weights = parser.add_argument_group("weights (random without)")
     weights.add_argument("--pretrained", action="store_true", help="the library's trained weights, downloaded")
-    weights.add_argument(
-        "--checkpoint", metavar="FILE", help="file of the stock model's weights (inspect: or of a converted one)"
-    )
+    weights.add_argument("--checkpoint", metavar="FILE", help=checkpoint)
     weights.add_argument("--num-classes", type=integer(1), metavar="N", help="classes of the checkpoint, if not usual")
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """The model, its weights, how it is converted, and images to measure on."""
+    add_model_options(parser, "file of the stock model's weights (inspect: or of a converted one)")
     pooling = parser.add_argument_group("conversion")
     pooling.add_argument(
         "--select",

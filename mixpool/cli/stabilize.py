@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixpool.cli.common import existing, folder_photos, integer, progress, say, writable_file
+from mixpool.cli.converting import add_model_options
 from mixpool.stabilization.pictures import FEW, MARGIN, MOST
 from mixpool.stabilization.repair import WHICH
 from mixpool.stabilization.stabilize import DEPTHS, STEMS
@@ -33,11 +34,7 @@ in Python: model = timm.create_model("resnet50"); mixpool.load_stabilized(model,
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a timm name, torchvision/NAME, or a name only torchvision has")
-    weights = parser.add_argument_group("weights (random without)")
-    weights.add_argument("--pretrained", action="store_true", help="the library's trained weights, downloaded")
-    weights.add_argument("--checkpoint", metavar="FILE", help="file of the trained stock model's weights")
-    weights.add_argument("--num-classes", type=integer(1), metavar="N", help="classes of the checkpoint, if not usual")
+    add_model_options(parser, "file of the trained stock model's weights")
     images = parser.add_argument_group("images")
     images.add_argument(
         "--images", metavar="DIR", help="folder of photos, with subfolders, without labels (default: synthetic ones)"

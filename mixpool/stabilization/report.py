@@ -19,7 +19,7 @@ class StabilizationReport:
     Attributes:
         decimators: every layer that decimates, and what was done with it.
         plan: name -> treatment, as `treat` takes it.
-        stem: pooling of the stem: "max", "blurpool", "modulus" or "energy".
+        stem: pooling of the stem in the end, of `stabilize`'s words.
         repaired: what the repair did, in the order of the data.
         before, after: the stock and the stabilized network on the images that neither fitted nor chose.
         num_images: (to fit on, to choose by, to report on).
